@@ -1,0 +1,211 @@
+"""Tasks, texts and batches.
+
+One task file of Super-NaturalInstructions (v2.6, tasks/*.json), which the built-in suite follows too:
+
+    {"Definition": ["In this task, you're given ... Your job is to ..."],          # the suite: [0], then paraphrases
+     "Categories": ["Question Answering"], ...
+     "Positive Examples": [{"input": "...", "output": "...", "explanation": "..."}, ...],
+     "Instances": [{"id": "task001-0", "input": "...", "output": ["...", "..."]}, ...]}
+
+and splits/default/{train,test}_tasks.txt name the tasks of a split, one a line.
+"""
+import json
+import os
+import string
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common import UserError
+
+IGNORE = -100                                  # label of positions that do not count, as in PyTorch's cross-entropy
+
+
+@dataclass
+class Instance:
+    id: str
+    input: str
+    outputs: list[str]                         # every reference
+
+
+@dataclass
+class Task:
+    name: str
+    category: str
+    definitions: list[str]                     # [0] is the task's; more are paraphrases
+    demonstrations: list[tuple[str, str]]      # (input, output) of the positive examples
+    instances: list[Instance]
+
+
+def load_sni(root: str, split: str = "test", max_instances: int | None = 100, skip: int = 0) -> list[Task]:
+    """The tasks of a split in the official layout, each with its instances skip : skip + max_instances.
+
+    split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of each test task.
+    Raises UserError for a missing folder or file, broken JSON, a task without definition, an instance without output.
+    """
+    path = os.path.join(root, "splits", "default", f"{split}_tasks.txt")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; --data names a folder in Super-NaturalInstructions' layout, or "
+                        "python sample.py writes the built-in suite")
+    with open(path) as f:
+        names = f.read().split()
+    if not names:
+        raise UserError(f"{path} is empty; it should name one task a line")
+    files = [os.path.join(root, "tasks", name + ".json") for name in names]
+    absent = [os.path.basename(file) for file in files if not os.path.isfile(file)]
+    if absent:
+        raise UserError(f"{path} names {len(absent)} tasks whose files are not in {root}/tasks: {', '.join(absent[:3])} …")
+    return [read_task(file, max_instances, skip) for file in files]
+
+
+def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Task:
+    try:
+        with open(path, encoding="utf-8") as f:
+            record = json.load(f)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON at line {error.lineno}; fetch or write the file again") from None
+    definitions = record.get("Definition") or []
+    definitions = [definitions] if isinstance(definitions, str) else definitions
+    if not definitions or not definitions[0].strip():
+        raise UserError(f"{path}: no Definition; every task needs one")
+    instances = []
+    for n, row in enumerate(record.get("Instances", [])[skip:None if max_instances is None else skip + max_instances]):
+        outputs = row.get("output")
+        outputs = [outputs] if isinstance(outputs, str) else outputs
+        if not outputs or "input" not in row:
+            raise UserError(f"{path}: instance {skip + n} has no input or no output")
+        instances.append(Instance(row.get("id", f"{n}"), row["input"], outputs))
+    return Task(os.path.basename(path).removesuffix(".json"), (record.get("Categories") or ["none"])[0],
+                [d.strip() for d in definitions],
+                [(e["input"], e["output"]) for e in record.get("Positive Examples", [])], instances)
+
+
+# ------------------------------------------------------------------------------------------------------------- texts
+# The encoding of the official Tk-Instruct code (ni_collator.py): the meta-trained baseline and the teachers read
+# definition + demonstrations + instance, the hypernetwork the first two, the student the instance alone.
+
+def _full_stop(text: str) -> str:
+    text = text.strip()
+    return text if text[-1:] in tuple(string.punctuation) else text + "."
+
+
+def instance_text(text: str) -> str:
+    return f"Input: {_full_stop(text)}\nOutput: "
+
+
+def instruction_text(definition: str, demonstrations=(), tokenizer=None, limit: int | None = None, instance: str = "") -> str:
+    """Definition and demonstrations as text; "" for an empty definition without demonstrations.
+
+    With a tokenizer, a demonstration that would take the text, `instance` behind it, over `limit` tokens is left out
+    with all after it rather than cut: the official rule.
+    """
+    text = f"Definition: {_full_stop(definition)}\n\n" if definition.strip() else ""
+    for n, (demo_input, demo_output) in enumerate(demonstrations):
+        longer = text + f" Positive Example {n + 1} -\nInput: {_full_stop(demo_input)}\n Output: {_full_stop(demo_output)}\n\n"
+        if tokenizer is not None and len(tokenizer(longer + instance)["input_ids"]) > limit:
+            break
+        text = longer
+    return text
+
+
+def prompt_text(definition: str, demonstrations, text: str, tokenizer=None, limit: int | None = None) -> str:
+    """The text with the instruction in the input; an empty instruction leaves the instance text alone."""
+    if not definition.strip() and not demonstrations:
+        return instance_text(text)
+    instance = "Now complete the following example -\n" + instance_text(text)
+    return instruction_text(definition, demonstrations, tokenizer, limit, instance) + instance
+
+
+_warned = set()
+
+
+def tokenize(tokenizer, texts: list[str], limit: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), both (N, T), right-padded; a text over `limit` tokens is cut, with one warning a limit."""
+    ids = tokenizer(texts)["input_ids"]
+    longest = max(map(len, ids))
+    if longest > limit:
+        if limit not in _warned:
+            warnings.warn(f"a text of {longest} tokens was cut to the limit of {limit}", stacklevel=2)
+            _warned.add(limit)
+        ids = [row if len(row) <= limit else row[:limit - 1] + [tokenizer.eos_token_id] for row in ids]
+    return pad(ids, tokenizer.pad_token_id, device)
+
+
+def pad(rows: list[list[int]], value: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.full((len(rows), max(map(len, rows))), value)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        ids[n, :len(row)] = torch.tensor(row)
+        mask[n, :len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def labels(tokenizer, texts: list[str], limit: int, device="cpu") -> torch.Tensor:
+    """Target ids (N, C), the padding IGNORE."""
+    ids, mask = tokenize(tokenizer, texts, limit, device)
+    return ids.masked_fill(mask == 0, IGNORE)
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+# A batch is a pure function of (seed, step, number of the micro-batch among all ranks'): a resumed run needs no loader
+# state, and two ranks draw what one process would have drawn in two micro-batches.
+
+@dataclass
+class Draw:
+    """One task of a mixed-task batch: an instruction, and (input, output) pairs it is to be followed on."""
+    task: Task
+    definition: str
+    demonstrations: list[tuple[str, str]]
+    pairs: list[tuple[str, str]]
+
+
+def generator(*key: int) -> np.random.Generator:
+    return np.random.default_rng(list(key))
+
+
+def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, demos: str) -> list[Draw]:
+    """n_tasks tasks, each with one of its wordings and n_instances instances; demos: "0", "2" or "mixed"."""
+    n_demos = int(rng.integers(2)) * 2 if demos == "mixed" else int(demos)     # one choice a batch: less padding
+    picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks))
+    return [draw_task(tasks[t], rng, n_instances, n_demos) for t in picks]
+
+
+def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: int) -> Draw:
+    rows = rng.choice(len(task.instances), n_instances, replace=n_instances > len(task.instances))
+    pairs = [(task.instances[i].input, task.instances[i].outputs[rng.integers(len(task.instances[i].outputs))]) for i in rows]
+    definition = task.definitions[rng.integers(len(task.definitions))]
+    return Draw(task, definition, task.demonstrations[:n_demos], pairs)
+
+
+def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
+    """Token ids, without the end token, of a text file: one document a line, plain or JSON lines with "text" (C4's form)."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; --text names plain text, one document a line")
+    with open(path, encoding="utf-8") as f:
+        lines = [line for line in f.read().splitlines() if line.strip()]
+    if path.endswith((".json", ".jsonl")):
+        for n, line in enumerate(lines):
+            try:
+                lines[n] = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise UserError(f"{path}, line {n + 1}: not a JSON object with a text") from None
+    ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    documents = [row for row in ids if len(row) >= 3]
+    if not documents:
+        raise UserError(f"{path} has no document of three tokens or more")
+    return documents
+
+
+def cut_document(ids: list[int], parts: int, limit: int, rng: np.random.Generator) -> list[list[int]]:
+    """A window of at most `limit` tokens cut at random into `parts` pieces, none empty."""
+    start = int(rng.integers(max(len(ids) - limit, 0) + 1))
+    window = ids[start:start + limit]
+    cuts = [0, *sorted(rng.choice(np.arange(1, len(window)), parts - 1, replace=False).tolist()), len(window)]
+    return [window[i:j] for i, j in zip(cuts, cuts[1:])]
+
+
+def unit_of(task: Task, unit: str) -> str:
+    """The name of the teacher that a task belongs to: its category's (the paper's choice), its own, or the only one."""
+    return {"category": task.category, "task": task.name, "all": "all"}[unit]

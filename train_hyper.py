@@ -1,0 +1,271 @@
+"""Train the hypernetwork: an instruction in, an adapter for the frozen LLM out.
+
+    pretrain   Eq. 3: plain text cut at random into a | b | c; a goes into the hypernetwork as if it were an instruction,
+               b into the adapted LLM, which predicts c
+    finetune   Eq. 4-6: L = L_pred + λ1·L_kl + λ2·L_ins on training tasks; the student reads the instance alone, the
+               teacher (the same frozen LLM with a LoRA teacher's weights) instruction and instance
+
+Launch:
+    python train_hyper.py --stage pretrain                      # the built-in suite, configs/sample.yaml
+    python train_hyper.py --stage finetune
+    torchrun --nproc-per-node 8 train_hyper.py --stage finetune --config configs/my.yaml
+
+Table 4's ablations are one flag each: --no-pretrained, --no-fusion, --lambda-ce 0, --lambda-kl 0, --lambda-ins 0,
+--no-hypernetwork.
+"""
+import argparse
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import data
+import lora
+from hypernet import TAGI
+
+
+def parser():
+    p = common.Parser(__doc__)
+    common.add_shared_options(p)
+    flag = {"action": argparse.BooleanOptionalAction}
+    g = p.add_argument_group("stage")
+    g.add_argument("--stage", required=True, choices=["pretrain", "finetune"])
+    g.add_argument("--name", help="folder under --runs; default: the stage's name")
+    common.add_training_options(p, steps=20_000)
+    g = p.add_argument_group("student")
+    g.add_argument("--hypernetwork", default=True, help="generate LoRA weights; without: fusion alone", **flag)
+    g.add_argument("--generator", default="attention", choices=["attention", "mean"],
+                   help="how the instruction's states become a vector: attention per site, or the released code's mean")
+    g.add_argument("--width", type=int, default=128, help="generator width")
+    g.add_argument("--bottleneck", type=int, default=128, help="hidden width of the generator's MLPs")
+    g.add_argument("--fusion", default=True, help="--no-fusion switches off both parts of Eq. 1", **flag)
+    g.add_argument("--encoder-fusion", default=True, help="part 1: cross-attention in every encoder block", **flag)
+    g.add_argument("--decoder-fusion", default=True, help="part 2: the decoder sees (I_x ; encoder output)", **flag)
+    g.add_argument("--train-norms", default=False, help="the student's own layer norm gains", **flag)
+    g.add_argument("--train-embeddings", default=False, help="the student's own change to the embeddings", **flag)
+    g = p.add_argument_group("pretrain")
+    g.add_argument("--text", default="data/sample/corpus.txt", help="plain text or JSON lines, one document a line")
+    g.add_argument("--text-length", type=int, default=1024, help="tokens of a document cut into a | b | c")
+    g = p.add_argument_group("finetune")
+    g.add_argument("--pretrained", default=True, help="start from the pretrain stage", **flag)
+    g.add_argument("--lambda-ce", type=float, default=1.0, help="weight of L_pred")
+    g.add_argument("--lambda-kl", type=float, default=5.0, help="λ1, weight of L_kl")
+    g.add_argument("--lambda-ins", type=number_or_sigmoid, default="sigmoid", help="λ2, a number or `sigmoid` (of L_ins)")
+    g.add_argument("--alignment", default="factors", choices=["none", "factors", "product"], help="what L_ins compares")
+    g.add_argument("--kl-teacher", default="lora", help="lora (Eq. 5), meta, or a checkpoint with the same vocabulary")
+    g.add_argument("--temperature", type=float, default=1.0, help="of both distributions in L_kl, which is then x T²")
+    g.add_argument("--standardize-logits", default=False, help="z-score both models' logits before the softmax", **flag)
+    return p
+
+
+def number_or_sigmoid(text):
+    return text if text == "sigmoid" else float(text)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+def kl_loss(student, teacher, labels, temperature=1.0, standardize=False):
+    """Eq. 5: KL(teacher ‖ student) summed over target positions, × T². student, teacher: (N, C, V); labels: (N, C).
+
+    Positions whose label is IGNORE (padding) do not count; the teacher gets no gradient.
+    """
+    keep = labels != data.IGNORE                                                    # (N, C)
+    student, teacher = student[keep].float(), teacher[keep].float().detach()        # (M, V), M kept positions
+    if standardize:
+        student, teacher = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) for x in (student, teacher))
+    log_s, log_t = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
+    return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature ** 2
+
+
+def instruction_loss(weights, teacher, kind, lambda_ins):
+    """λ2 · L_ins of each of K tasks, and L_ins, (K,) both (Eq. 6); λ2 = sigmoid(L_ins) is a weight, without gradient."""
+    loss = lora.alignment_loss(weights, teacher, kind)
+    return (torch.sigmoid(loss.detach()) if lambda_ins == "sigmoid" else lambda_ins) * loss, loss
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+def pretrain_batches(options, tagi):
+    """Text cut at random into a | b | c: K instructions, K inputs, K targets."""
+    documents = data.read_documents(options.text, tagi.tokenizer, options.text_length)
+    eos, pad = tagi.tokenizer.eos_token_id, tagi.tokenizer.pad_token_id
+
+    def get_batch(step, micro):
+        rng = data.generator(options.seed, step, micro)
+        cuts = [data.cut_document(documents[i], 3, options.text_length, rng)
+                for i in rng.integers(len(documents), size=options.tasks * options.instances)]
+        a, b, c = ([part + [eos] for part in parts] for parts in zip(*cuts))
+        return {"instruction": data.pad(a, pad, options.device), "input": data.pad(b, pad, options.device),
+                "labels": data.pad(c, data.IGNORE, options.device)[0], "index": torch.arange(len(a), device=options.device)}
+
+    return get_batch
+
+
+def finetune_batches(options, tagi):
+    """K tasks x M instances: what the hypernetwork reads (K, S), the student (K·M, T), the teacher (K·M, T')."""
+    tasks = data.load_sni(options.data, "train", options.max_instances)
+    units = sorted({data.unit_of(task, options.unit) for task in tasks})
+    tokenizer, device = tagi.tokenizer, options.device
+
+    def get_batch(step, micro):
+        rng = data.generator(options.seed, step, micro)
+        draws = data.draw_tasks(tasks, rng, options.tasks, options.instances, options.demos)
+        pairs = [(draw, *pair) for draw in draws for pair in draw.pairs]
+        batch = {
+            "instruction": data.tokenize(tokenizer, [data.instruction_text(
+                d.definition, d.demonstrations, tokenizer, options.max_instruction) for d in draws],
+                options.max_instruction, device),
+            "input": data.tokenize(tokenizer, [data.instance_text(x) for _, x, _ in pairs], options.max_input, device),
+            "labels": data.labels(tokenizer, [y for _, _, y in pairs], options.max_output, device),
+            "index": torch.arange(len(draws), device=device).repeat_interleave(options.instances),      # instance -> task
+            "unit": torch.tensor([units.index(data.unit_of(d.task, options.unit)) for d in draws], device=device)}
+        if options.lambda_kl:
+            batch["prompt"] = data.tokenize(tokenizer, [data.prompt_text(
+                d.definition, d.demonstrations, x, tokenizer, options.max_input) for d, x, _ in pairs],
+                options.max_input, device)
+        return batch
+
+    return get_batch, units
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+@common.command
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    stage = parser().parse_known_args(argv)[0].stage
+    options = common.parse(parser(), stage, argv)
+    options.encoder_fusion &= options.fusion
+    options.decoder_fusion &= options.fusion
+    if not (options.hypernetwork or options.fusion):
+        raise common.UserError("--no-hypernetwork with --no-fusion leaves nothing to train; drop one of them")
+    if stage == "finetune" and not (options.lambda_ce or options.lambda_kl):
+        raise common.UserError("--lambda-ce 0 with --lambda-kl 0 leaves no loss on the labels; drop one of them")
+    rank, world = common.init_processes(options)
+    common.run_stage(os.path.join(options.runs, options.name or stage), options, rank, world, train)
+
+
+def train(options, rank, world):
+    folder = os.path.join(options.runs, options.name or options.stage)
+    path = common.llm_path(options)
+    llm, tokenizer = common.load_llm(path, options.device, options.precision)
+    options.llm_is_relative = os.path.isdir(path)
+    options.llm_path = os.path.relpath(path, folder) if options.llm_is_relative else path
+    options.llm_fingerprint = common.fingerprint(llm)
+    tagi = TAGI(llm, tokenizer, options)
+    parameters = tagi.trainable()
+
+    # What the stage needs from earlier ones.
+    teachers = teacher_llm = None
+    if options.stage == "pretrain":
+        get_batch, lambda_ce, lambda_kl, align = pretrain_batches(options, tagi), 1.0, 0.0, False
+    else:
+        get_batch, units = finetune_batches(options, tagi)
+        lambda_ce, lambda_kl = options.lambda_ce, options.lambda_kl
+        align = options.hypernetwork and options.alignment != "none" and options.lambda_ins != 0
+        if align or (lambda_kl and options.kl_teacher == "lora"):
+            teachers = common.load_teachers(os.path.join(options.runs, "lora"), units, llm, options.llm_fingerprint, options,
+                                            f"python train_teacher.py --stage lora{common.config_flag(options)}")
+        if lambda_kl and options.kl_teacher != "lora":
+            teacher_llm = load_kl_teacher(options, path, tagi)
+    optimizer = common.make_optimizer(list(parameters.values()), options)
+    start = common.resume(folder, options, parameters, optimizer)
+    if options.stage == "finetune" and options.pretrained and start == 0:
+        start_from_pretrained(options, parameters)
+    stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
+
+    for step in range(start, options.steps):
+        lr = common.learning_rate(options, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = [get_batch(step, rank + world * i) for i in range(options.accumulate)]
+        # Means are over all label tokens, and all tasks, of the step's micro-batches and ranks.
+        counts = [sum((b["labels"] != data.IGNORE).sum().item() for b in batches), stop.asked]
+        n_tokens, stopping = common.sum_over_ranks(counts, options.device)
+        n_tasks = options.tasks * options.accumulate * world
+        terms = dict.fromkeys(["loss", "ce"] + ["kl"] * bool(lambda_kl) + ["ins"] * align, 0.0)
+
+        for batch in batches:
+            labels, index = batch["labels"], batch["index"]
+            teacher_logits = None
+            if lambda_kl:                                                   # the teacher reads a and b (Eq. 5)
+                with torch.no_grad():
+                    teacher_logits = run_teacher(tagi, teacher_llm, teachers, batch)            # (N, C, V)
+            ids, mask = batch["instruction"]
+            first, last = tagi.encode_instruction(ids, mask)                                    # (K, S, D)
+            adapter = tagi.generate_adapter(first, last, mask)                                  # once per task
+            logits = tagi(adapter.select(index), *batch["input"], labels)                       # the student reads b
+            ce = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / n_tokens
+            loss = lambda_ce * ce
+            terms["ce"] += ce.detach()
+            if lambda_kl:
+                kl = kl_loss(logits, teacher_logits, labels, options.temperature, options.standardize_logits) / n_tokens
+                loss = loss + lambda_kl * kl
+                terms["kl"] += kl.detach()
+            if align:
+                weighted, ins = instruction_loss(adapter.weights, lora.select(teachers, batch["unit"]), options.alignment,
+                                                 options.lambda_ins)
+                loss = loss + weighted.sum() / n_tasks
+                terms["ins"] += ins.detach().sum() / n_tasks
+            loss.backward()
+            terms["loss"] += loss.detach()
+
+        common.sum_gradients(parameters.values())
+        if options.clip:
+            nn.utils.clip_grad_norm_(parameters.values(), options.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log(step + 1, lr, {name: value * world for name, value in terms.items()})
+        finished = step + 1 == options.steps
+        if rank == 0 and (finished or stopping or (step + 1) % options.save_every == 0):
+            common.save_checkpoint(folder, options, parameters, optimizer, step + 1, finished)
+        if stopping and not finished:
+            common.leave(folder, step + 1, log)
+    log.close()
+
+
+def run_teacher(tagi, teacher_llm, teachers, batch):
+    """Logits at the target positions of the model that reads instruction and input, (N, C, V)."""
+    ids, mask = batch["prompt"]
+    if teacher_llm is not None:
+        with tagi.autocast():
+            return teacher_llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
+    with tagi.adapted(None) as llm:                                                 # the same LLM, none of the student's parts
+        if teachers is not None:
+            lora.set_weights(llm, lora.select(teachers, batch["unit"][batch["index"]]))
+        return llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
+
+
+def load_kl_teacher(options, llm_path, tagi):
+    """Another checkpoint as KL teacher; None where it is the frozen LLM itself, which then needs no second copy."""
+    path = os.path.join(options.runs, "meta") if options.kl_teacher == "meta" else options.kl_teacher
+    if os.path.abspath(path) == os.path.abspath(llm_path):
+        return None
+    if options.kl_teacher == "meta" and not common.is_finished(path):
+        raise common.UserError(f"{path} is not there or not finished; first run "
+                               f"python train_teacher.py --stage meta{common.config_flag(options)}")
+    teacher, tokenizer = common.load_llm(path, options.device, options.precision)
+    if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or teacher.config.vocab_size != tagi.llm.config.vocab_size:
+        raise common.UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one that shares it")
+    return teacher.requires_grad_(False).eval()
+
+
+def start_from_pretrained(options, parameters):
+    """The parameters that the pretrain stage has too; parts that are switched off here are left out, new ones stay new."""
+    folder = os.path.join(options.runs, "pretrain")
+    if not common.is_finished(folder):
+        raise common.UserError(f"{folder} is not there or not finished; first run python train_hyper.py --stage pretrain"
+                               f"{common.config_flag(options)}, or start without it: --no-pretrained")
+    old = common.load_options(folder)
+    for key in ("llm_fingerprint", "rank", "targets", "generator", "width", "bottleneck"):
+        if options.hypernetwork and getattr(old, key) != getattr(options, key):
+            raise common.UserError(f"{folder} was trained with {key} {getattr(old, key)}, not {getattr(options, key)}; train "
+                                   "it again with --fresh, or start without it: --no-pretrained")
+    common.load_shared_weights(parameters, folder)
+
+
+if __name__ == "__main__":
+    main()

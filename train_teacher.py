@@ -1,0 +1,245 @@
+"""Train what the student learns from: a base model, the baseline that reads instructions, and LoRA teachers.
+
+    base   `--model tiny` only: a small T5 trained from nothing on plain text, to continue it
+    meta   the LLM with the instruction in its input on all training tasks (Tk-Instruct, T0): the baseline the paper
+           compares with, a possible KL teacher, and by default the frozen LLM under everything that follows
+    lora   LoRA teachers (METHOD "training with instance"): for every category or task, LoRA weights Δ_i on the frozen
+           LLM, reading instruction and input
+
+Launch (without --stage: the stages that the config lists, in order):
+    python train_teacher.py                                     # the built-in suite, configs/sample.yaml
+    python train_teacher.py --stage meta --lr 1e-3
+    torchrun --nproc-per-node 8 train_teacher.py --config configs/my.yaml
+"""
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
+
+import common
+import data
+import lora
+
+
+def parser():
+    p = common.Parser(__doc__)
+    common.add_shared_options(p)
+    g = p.add_argument_group("stage")
+    g.add_argument("--stage", choices=["base", "meta", "lora"], help="one stage; default: those of --stages")
+    common.add_training_options(p, steps=10_000)
+    g = p.add_argument_group("base (only --model tiny)")
+    g.add_argument("--text", default="data/sample/corpus.txt", help="plain text, one document a line")
+    g.add_argument("--text-length", type=int, default=128, help="tokens of a document used at a time")
+    g.add_argument("--width", type=int, default=64, help="d_model")
+    g.add_argument("--layers", type=int, default=2, help="blocks in the encoder and in the decoder")
+    g.add_argument("--heads", type=int, default=4)
+    g.add_argument("--ff", type=int, default=128, help="d_ff")
+    g = p.add_argument_group("meta")
+    g.add_argument("--drop-instruction", type=float, default=0.0, help="share of examples that hold the input alone")
+    g = p.add_argument_group("lora")
+    g.add_argument("--teachers-at-once", type=int, default=16, help="LoRA teachers trained side by side in one batch")
+    return p
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+def tiny_t5(options, tokenizer):
+    """A T5 v1.1 (gated GELU, untied head) of a few hundred thousand parameters, started so that it trains fast."""
+    torch.manual_seed(options.seed)
+    config = T5Config(vocab_size=len(tokenizer), d_model=options.width, d_kv=options.width // options.heads,
+                      d_ff=options.ff, num_layers=options.layers, num_heads=options.heads, dropout_rate=0.0,
+                      feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+    llm = AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():
+        llm.shared.weight *= 0.3
+    llm.lm_head.weight = nn.Parameter(llm.shared.weight.detach() * 0.5)     # Transformers 5 ties it whatever the config says
+    return llm
+
+
+def save_llm(folder, options, llm, tokenizer, **kwargs):
+    """A run folder that is also a Transformers checkpoint."""
+    os.makedirs(folder, exist_ok=True)
+    llm.config.save_pretrained(folder)
+    llm.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    common.save_checkpoint(folder, options, dict(llm.named_parameters()), **kwargs)
+
+
+def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
+    """Train all weights of the LLM on `get_batch(step, micro) -> (ids, mask, labels)`; stages base and meta."""
+    llm.to(options.device).train()
+    parameters = dict(llm.named_parameters())
+    optimizer = common.make_optimizer(list(parameters.values()), options)
+    start = common.resume(folder, options, parameters, optimizer)
+    stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
+    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+
+    for step in range(start, options.steps):
+        lr = common.learning_rate(options, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(options.seed * 1_000_003 + step)                  # dropout too is a function of (seed, step)
+        batches = [get_batch(step, rank + world * i) for i in range(options.accumulate)]
+        # The loss of a step is the mean over the label tokens of all its micro-batches and ranks.
+        counts = [sum((labels != data.IGNORE).sum().item() for _, _, labels in batches), stop.asked]
+        n_tokens, stopping = common.sum_over_ranks(counts, options.device)
+        total = 0.0
+        for ids, mask, labels in batches:
+            with autocast:
+                logits = llm(input_ids=ids, attention_mask=mask, labels=labels).logits         # (N, C, V)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / n_tokens
+            loss.backward()
+            total += loss.detach()
+        common.sum_gradients(parameters.values())
+        if options.clip:
+            nn.utils.clip_grad_norm_(parameters.values(), options.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log(step + 1, lr, {"loss": total * world})
+        finished = step + 1 == options.steps
+        if rank == 0 and (finished or stopping or (step + 1) % options.save_every == 0):
+            save_llm(folder, options, llm, tokenizer, optimizer=optimizer, step=step + 1, finished=finished)
+        if stopping and not finished:
+            common.leave(folder, step + 1, log)
+    log.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- stages
+
+def train_base(options, rank, world):
+    """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
+    tokenizer = load_tokenizer(os.path.join(options.data, "tokenizer"))
+    documents = data.read_documents(options.text, tokenizer, options.text_length)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    def get_batch(step, micro):
+        rng = data.generator(options.seed, step, micro)
+        rows = [data.cut_document(documents[i], 2, options.text_length, rng)
+                for i in rng.integers(len(documents), size=options.tasks * options.instances)]
+        ids, mask = data.pad([a + [eos] for a, _ in rows], pad, options.device)
+        labels, _ = data.pad([b + [eos] for _, b in rows], data.IGNORE, options.device)
+        return ids, mask, labels
+
+    train_llm(folder_of(options, "base"), options, tiny_t5(options, tokenizer), tokenizer, get_batch, rank, world)
+
+
+def load_tokenizer(path):
+    if not os.path.isdir(path):
+        raise common.UserError(f"{path}: no such folder; --model tiny needs a tokenizer beside its data: python sample.py")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def train_meta(options, rank, world):
+    """The LLM on all training tasks, mixed, with the instruction in its input."""
+    path = os.path.join(options.runs, "base") if options.model == "tiny" else options.model
+    if options.model == "tiny" and not common.is_finished(path):
+        raise common.UserError(f"{path} is not there or not finished; first run "
+                               f"python train_teacher.py --stage base{common.config_flag(options)}")
+    llm, tokenizer = common.load_llm(path, options.device)                  # weights in float32, arithmetic by autocast
+    tasks = data.load_sni(options.data, "train", options.max_instances)
+
+    def get_batch(step, micro):
+        rng = data.generator(options.seed, step, micro)
+        texts, targets = [], []
+        for draw in data.draw_tasks(tasks, rng, options.tasks, options.instances, options.demos):
+            for text, target in draw.pairs:
+                dropped = rng.random() < options.drop_instruction
+                texts.append(data.instance_text(text) if dropped else data.prompt_text(
+                    draw.definition, draw.demonstrations, text, tokenizer, options.max_input))
+                targets.append(target)
+        ids, mask = data.tokenize(tokenizer, texts, options.max_input, options.device)
+        return ids, mask, data.labels(tokenizer, targets, options.max_output, options.device)
+
+    train_llm(folder_of(options, "meta"), options, llm, tokenizer, get_batch, rank, world)
+
+
+def train_lora(options, rank, world):
+    """LoRA teachers on the frozen LLM, several side by side: a batch mixes them, each example uses its own weights."""
+    folder, path = folder_of(options, "lora"), common.llm_path(options)
+    llm, tokenizer = common.load_llm(path, options.device, options.precision)
+    llm.requires_grad_(False).eval()
+    fingerprint = common.fingerprint(llm)
+    lora.inject_lora(llm, options.targets.split(","), options.rank, options.alpha)
+    if rank == 0:
+        common.save_checkpoint(folder, options, {})                         # a rerun sees what these teachers are
+    units = {}
+    for task in data.load_sni(options.data, "train", options.max_instances):
+        units.setdefault(data.unit_of(task, options.unit), []).append(task)
+    todo = [unit for unit in sorted(units) if not common.is_finished(os.path.join(folder, common.slug(unit)))]
+    groups = [todo[i:i + options.teachers_at_once] for i in range(0, len(todo), options.teachers_at_once)]
+    stop = common.StopSignal()
+    for group in groups[rank::world]:                                       # ranks share out the groups, no traffic
+        train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, stop, rank)
+    common.wait_for_all_ranks()
+    if rank == 0:
+        common.save_checkpoint(folder, options, {}, step=options.steps, finished=True)
+
+
+def train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, stop, rank):
+    """A group of U independent teachers. Their losses are added up, each the mean over its own label tokens, and AdamW
+    works element by element: every teacher gets the gradient and the step it would get alone."""
+    numbers = {unit: n for n, unit in enumerate(sorted(units))}
+    weights = lora.init_weights(llm, options.rank, options.seed, len(group))   # {site: (U, r, D_in), (U, D_out, r)}
+    parameters = [p.requires_grad_() for pair in weights.values() for p in pair]
+    optimizer = common.make_optimizer(parameters, options)
+    log = common.Log(folder, options, 0, rank)
+    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+
+    for step in range(options.steps):
+        lr = common.learning_rate(options, step)
+        for g in optimizer.param_groups:
+            g["lr"] = lr
+        texts, targets, owner = [], [], []
+        for u, unit in enumerate(group):
+            rng = data.generator(options.seed, step, numbers[unit])         # the same examples alone or in a group
+            for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, options.demos):
+                texts += [data.prompt_text(draw.definition, draw.demonstrations, text, tokenizer, options.max_input)
+                          for text, _ in draw.pairs]
+                targets += [target for _, target in draw.pairs]
+                owner += [u] * len(draw.pairs)
+        ids, mask = data.tokenize(tokenizer, texts, options.max_input, options.device)
+        labels = data.labels(tokenizer, targets, options.max_output, options.device)
+        owner = torch.tensor(owner, device=options.device)                                     # (N,)
+        n_tokens = torch.zeros(len(group), device=options.device).index_add_(
+            0, owner, (labels != data.IGNORE).sum(1).float())                                  # (U,)
+        with autocast:
+            lora.set_weights(llm, lora.select(weights, owner))
+            logits = llm(input_ids=ids, attention_mask=mask, labels=labels).logits             # (N, C, V)
+        losses = F.cross_entropy(logits.float().mT, labels, reduction="none").sum(1)           # (N,)
+        loss = (losses / n_tokens[owner]).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log(step + 1, lr, {"loss": loss.detach() / len(group)})
+        if stop.asked:
+            common.leave(folder, step + 1, log)
+    lora.set_weights(llm, None)
+    log.close()
+    for u, unit in enumerate(group):
+        common.save_teacher(folder, options, unit, fingerprint, lora.select(weights, u))
+
+
+def folder_of(options, stage):
+    return os.path.join(options.runs, stage)
+
+
+STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora}
+
+
+@common.command
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    first = common.parse(parser(), "base", argv)                            # only to learn which stages to run
+    for stage in [first.stage] if first.stage else first.stages.split(","):
+        if stage not in STAGES:
+            raise common.UserError(f"--stages: unknown stage '{stage}'; choose from {', '.join(STAGES)}")
+        options = common.parse(parser(), stage, argv)
+        rank, world = common.init_processes(options)
+        common.run_stage(folder_of(options, stage), options, rank, world, STAGES[stage])
+
+
+if __name__ == "__main__":
+    main()

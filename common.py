@@ -77,6 +77,8 @@ def add_shared_options(parser: Parser) -> None:
     g.add_argument("--max-output", type=int, default=128, help="tokens of an output")
     g = parser.add_argument_group("models")
     g.add_argument("--model", default="tiny", help="any T5-family checkpoint or folder, or `tiny`: trained here")
+    g.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"], help="Transformers' attention code in the LLM; "
+                   "eager is faster for short texts on a CPU")
     g.add_argument("--llm", default="meta", help="the frozen LLM under teachers and student: base (--model itself), "
                    "meta (after train_teacher.py --stage meta) or a checkpoint")
     g.add_argument("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
@@ -219,7 +221,7 @@ class StopSignal:
 
 # ------------------------------------------------------------------------------------------------------------ models
 
-def load_llm(path: str, device: str = "cpu", precision: str = "fp32"):
+def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention: str = "sdpa"):
     """(llm, tokenizer) of a T5-family checkpoint: a hub name or a local folder.
 
     Raises UserError where it cannot be found or read, is no encoder-decoder, or its tokenizer has no end token.
@@ -231,7 +233,7 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32"):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        llm = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype)
+        llm = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a T5-family model from {path}: {' '.join(str(error).split())[:200]}") from None
     if tokenizer.eos_token_id is None:

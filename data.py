@@ -95,27 +95,18 @@ def instance_text(text: str) -> str:
     return f"Input: {_full_stop(text)}\nOutput: "
 
 
-def instruction_text(definition: str, demonstrations=(), tokenizer=None, limit: int | None = None, instance: str = "") -> str:
-    """Definition and demonstrations as text; "" for an empty definition without demonstrations.
-
-    With a tokenizer, a demonstration that would take the text, `instance` behind it, over `limit` tokens is left out
-    with all after it rather than cut: the official rule.
-    """
+def instruction_text(definition: str, demonstrations=()) -> str:
+    """Definition and demonstrations: what the hypernetwork reads. "" for neither."""
     text = f"Definition: {_full_stop(definition)}\n\n" if definition.strip() else ""
-    for n, (demo_input, demo_output) in enumerate(demonstrations):
-        longer = text + f" Positive Example {n + 1} -\nInput: {_full_stop(demo_input)}\n Output: {_full_stop(demo_output)}\n\n"
-        if tokenizer is not None and len(tokenizer(longer + instance)["input_ids"]) > limit:
-            break
-        text = longer
+    for n, (demo_input, demo_output) in enumerate(demonstrations, 1):
+        text += f" Positive Example {n} -\nInput: {_full_stop(demo_input)}\n Output: {_full_stop(demo_output)}\n\n"
     return text
 
 
-def prompt_text(definition: str, demonstrations, text: str, tokenizer=None, limit: int | None = None) -> str:
-    """The text with the instruction in the input; an empty instruction leaves the instance text alone."""
-    if not definition.strip() and not demonstrations:
-        return instance_text(text)
-    instance = "Now complete the following example -\n" + instance_text(text)
-    return instruction_text(definition, demonstrations, tokenizer, limit, instance) + instance
+def prompt_text(definition: str, demonstrations, text: str) -> str:
+    """The text with the instruction in the input; without any instruction the instance text alone."""
+    instruction = instruction_text(definition, demonstrations)
+    return instruction + "Now complete the following example -\n" * bool(instruction) + instance_text(text)
 
 
 _warned = set()
@@ -131,6 +122,26 @@ def tokenize(tokenizer, texts: list[str], limit: int, device="cpu") -> tuple[tor
             _warned.add(limit)
         ids = [row if len(row) <= limit else row[:limit - 1] + [tokenizer.eos_token_id] for row in ids]
     return pad(ids, tokenizer.pad_token_id, device)
+
+
+def tokenize_instructed(tokenizer, items: list[tuple], limit: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """`tokenize` for (definition, demonstrations) or (definition, demonstrations, instance) items.
+
+    A demonstration that would take the text over `limit` tokens is left out, with all after it, rather than cut: the
+    official rule. A text that is too long even so is cut.
+    """
+    def text(definition, demonstrations, instance=None):
+        return instruction_text(definition, demonstrations) if instance is None else prompt_text(
+            definition, demonstrations, instance)
+
+    texts = [text(*item) for item in items]
+    for n, ids in enumerate(tokenizer(texts)["input_ids"]):
+        definition, demonstrations, *instance = items[n]
+        while len(ids) > limit and demonstrations:
+            demonstrations = demonstrations[:-1]
+            texts[n] = text(definition, demonstrations, *instance)
+            ids = tokenizer(texts[n])["input_ids"]
+    return tokenize(tokenizer, texts, limit, device)
 
 
 def pad(rows: list[list[int]], value: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,8 +177,13 @@ def generator(*key: int) -> np.random.Generator:
 
 
 def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, demos: str) -> list[Draw]:
-    """n_tasks tasks, each with one of its wordings and n_instances instances; demos: "0", "2" or "mixed"."""
-    n_demos = int(rng.integers(2)) * 2 if demos == "mixed" else int(demos)     # one choice a batch: less padding
+    """n_tasks tasks, each with one of its wordings and n_instances instances; demos: "0", "2" or "mixed".
+
+    mixed: one micro-batch in three has two demonstrations, and half the tasks, being twice as long.
+    """
+    n_demos = (2 if rng.random() < 1 / 3 else 0) if demos == "mixed" else int(demos)
+    if demos == "mixed" and n_demos:
+        n_tasks = max(1, n_tasks // 2)
     picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks))
     return [draw_task(tasks[t], rng, n_instances, n_demos) for t in picks]
 

@@ -288,10 +288,8 @@ class TAGI(nn.Module):
 
         An instruction over the limit of max_instruction tokens loses demonstrations first and is then cut, with a warning.
         """
-        demonstrations = demonstrations or [[]] * len(instructions)
-        ids, mask = data.tokenize(self.tokenizer, [
-            data.instruction_text(text, demos, self.tokenizer, self.options.max_instruction)
-            for text, demos in zip(instructions, demonstrations, strict=True)], self.options.max_instruction, self.device)
+        items = list(zip(instructions, demonstrations or [[]] * len(instructions), strict=True))
+        ids, mask = data.tokenize_instructed(self.tokenizer, items, self.options.max_instruction, self.device)
         return self.generate_adapter(*self.encode_instruction(ids, mask), mask)
 
     @torch.no_grad()
@@ -338,7 +336,7 @@ class TAGI(nn.Module):
         """
         options = common.load_options(folder)
         llm_path = options.llm_path if not options.llm_is_relative else os.path.join(folder, options.llm_path)
-        llm, tokenizer = common.load_llm(llm_path, device, precision)
+        llm, tokenizer = common.load_llm(llm_path, device, precision, options.attention)
         common.check_fingerprint(llm, options.llm_fingerprint, folder, llm_path)
         tagi = cls(llm, tokenizer, options)
         common.load_weights(tagi.trainable(), folder)

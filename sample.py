@@ -14,9 +14,10 @@ Files under --out:
                                  questions about it with their answers, and glosses ("red twice is red
                                  red ."). Made by the generators of the task inputs and with the words
                                  of the definitions, so it suits the tasks far better than web text
-                                 would. A question asks for one slot and is answered by its bare value,
-                                 glosses are about loose words: no document combines slots or puts an
-                                 asked-for slot into a format.
+                                 would: a question before a text, answered behind it by a bare word, is
+                                 close to the tasks that ask for one word alone, held-out ones too. No
+                                 more than that: only one question stands before a text, so no ordered
+                                 pair is asked for, and glosses are about words drawn at random.
     tokenizer/                   SentencePiece unigram model of these words, as a Transformers T5 tokenizer
 """
 import argparse
@@ -30,12 +31,15 @@ import shutil
 from collections import Counter
 from typing import NamedTuple
 
-# One record (a task file, shortened):
+# One record, shortened (--seed 0, tasks/task044_sentence_city_food_plus.json):
 # {"Categories": ["Pair Extraction"],
-#  "Definition": ["You will read a sentence . Write the city and then the day joined by a comma .", ...],
-#  "Positive Examples": [{"input": "On Friday Anna the baker bought a red lamp in Rome for nine coins .",
-#                         "output": "Rome , Friday", "explanation": "The city is Rome and the day is Friday ."}],
-#  "Negative Examples": [...], "Instances": [{"id": "task001-0", "input": "...", "output": ["Lima , Monday"]}]}
+#  "Definition": ["Look at the text . Write the city and then the meal joined by the word plus .", ...],
+#  "Positive Examples": [{"input": "A clerk named Lucy paid twelve coins for pasta and a table in Tokyo .",
+#                         "output": "Tokyo plus pasta", "explanation": "Here the town is Tokyo and pasta is the food ."}, ...],
+#  "Negative Examples": [...],
+#  "Instances": [{"id": "task044_sentence_city_food_plus-0",
+#                 "input": "A nurse named Anna paid seven coins for candy and a bag in Cairo .",
+#                 "output": ["Cairo plus candy"]}, ...]}
 
 # Tables. Every word is one piece of the vocabulary, punctuation stands apart.
 
@@ -54,7 +58,26 @@ SLOTS = {  # slot: (what definitions call it, its values)
 SLOTS = {slot: (nouns.split(), values.split()) for slot, (nouns, values) in SLOTS.items()}
 
 MAPS = {  # mapping: (slot it reads, what definitions call it, images in the order of the slot's values)
-    "country": ("city", ("the country of the city", "the country where the town lies"), "France Italy Spain Germany Norway Greece Egypt Japan Peru India America Kenya"), "language": ("city", ("the language of the city", "the language spoken in the town"), "French Italian Spanish German Norwegian Greek Arabic Japanese Spanish Hindi English Swahili"), "next_day": ("day", ("the day after the given day", "the weekday that comes next"), "Tuesday Wednesday Thursday Friday Saturday Sunday Monday"), "previous_day": ("day", ("the day before the given day", "the weekday that came before"), "Sunday Monday Tuesday Wednesday Thursday Friday Saturday"), "next_number": ("number", ("the number plus one", "the count plus one"), "three four five six seven eight nine ten eleven twelve thirteen"), "digits": ("number", ("the number in digits", "the count in digits"), "2 3 4 5 6 7 8 9 10 11 12"), "young": ("animal", ("the young of the animal", "the baby of the beast"), "puppy kitten calf foal lamb piglet cub pup cub tadpole fawn leveret"), "sound": ("animal", ("the sound of the animal", "the noise of the beast"), "barks meows moos neighs bleats grunts roars howls growls croaks bellows squeaks"), "workplace": ("job", ("the workplace of the job", "the place of the trade"), "bakery hospital school farm court diner clinic airport harbour kitchen mine office"), "way": ("vehicle", ("the way of the vehicle", "the way used by the transport"), "road road road road rail rail water water water water air air"),
+    "country": ("city", ("the country of the city", "the country where the town lies"),
+                "France Italy Spain Germany Norway Greece Egypt Japan Peru India America Kenya"),
+    "language": ("city", ("the language of the city", "the language spoken in the town"),
+                "French Italian Spanish German Norwegian Greek Arabic Japanese Spanish Hindi English Swahili"),
+    "next_day": ("day", ("the day after the given day", "the weekday that comes next"),
+                "Tuesday Wednesday Thursday Friday Saturday Sunday Monday"),
+    "previous_day": ("day", ("the day before the given day", "the weekday that came before"),
+                "Sunday Monday Tuesday Wednesday Thursday Friday Saturday"),
+    "next_number": ("number", ("the number plus one", "the count plus one"),
+                "three four five six seven eight nine ten eleven twelve thirteen"),
+    "digits": ("number", ("the number in digits", "the count in digits"),
+                "2 3 4 5 6 7 8 9 10 11 12"),
+    "young": ("animal", ("the young of the animal", "the baby of the beast"),
+                "puppy kitten calf foal lamb piglet cub pup cub tadpole fawn leveret"),
+    "sound": ("animal", ("the sound of the animal", "the noise of the beast"),
+                "barks meows moos neighs bleats grunts roars howls growls croaks bellows squeaks"),
+    "workplace": ("job", ("the workplace of the job", "the place of the trade"),
+                "bakery hospital school farm court diner clinic airport harbour kitchen mine office"),
+    "way": ("vehicle", ("the way of the vehicle", "the way used by the transport"),
+                "road road road road rail rail water water water water air air"),
 }
 MAPS = {m: (slot, phrases, dict(zip(SLOTS[slot][1], images.split()))) for m, (slot, phrases, images) in MAPS.items()}
 
@@ -141,15 +164,17 @@ GLOSSES = (  # loose sentences for the corpus, for every other word of the defin
     *["{v} {f} is {v_f} .", "Here {v} is written {f} : {v_f} .", "{v} and {w} , {joined} , are {v_w} ."] * 3,
     "If it is not {v} , it is {w} .", "The word {v} comes before the word {w} .", "In this text , {v} is followed by {w} .",
     "Read {v} , Look for {w} , Pick out {v} .", "Your input must be {v} , otherwise your task must be {w} .",
-    "When you find {v} , write {w} or return it .", "Then give us {v} , not a list or a row .", "Find it . Write it . Give it . Return it .",
+    "When you find {v} , write {w} or return it .", "Then give us {v} , not a list or a row .",
+    "Find it . Write it . Give it . Return it .",
     "This is a good sentence , not a bad sentence .", "Look up and down . Find out if it is hot or cold .",
-    "Answer {v} , yes or no , else {w} .", "Please tell us {v} and look for {w} in it .", "You will read {v} , {w} and one list .",
+    "Answer {v} , yes or no , else {w} .", "Please tell us {v} and look for {w} in it .",
+    "You will read {v} , {w} and one list .",
 )
 
 # Category: (training, validation, test tasks). Triples only enrich training.
 QUOTA = {"Information Extraction": (42, 3, 5), "Text Formatting": (41, 3, 6), "Word Mapping": (66, 4, 6),
-         "Pair Extraction": (82, 4, 9), "Mixed Pairs": (50, 3, 6), "List Selection": (75, 3, 6), "List Pairs": (58, 3, 5),
-         "Text Classification": (36, 2, 2), "Triple Extraction": (20, 0, 0), "List Triples": (10, 0, 0)}
+         "Pair Extraction": (80, 4, 9), "Mixed Pairs": (50, 3, 6), "List Selection": (75, 3, 6), "List Pairs": (58, 3, 5),
+         "Text Classification": (44, 2, 2), "Triple Extraction": (16, 0, 0), "List Triples": (8, 0, 0)}
 TRAIN_INSTANCES, EVAL_INSTANCES, PARAPHRASES, DOCUMENTS, EXTRA_IDS = 50, 25, 10, 12000, 20
 # What the usual SNI prompt adds around a task's text.
 PROMPT = "Definition: Input: Output: Explanation: Positive Negative Example 1 2 3 - Now complete the following example -"
@@ -293,7 +318,8 @@ def candidates(category):
     """All tasks of a category."""
     slots, maps, joiners = list(SLOTS), list(MAPS), list(JOINERS)
     # Fewer operands where there would be far more pairs than tasks: a pair is learned from its neighbours in the grid.
-    few_slots, few_maps = ["name", "colour", "object", "vehicle", "food", "city"], ["young", "next_number", "next_day", "workplace", "country"]
+    few_slots = ["name", "colour", "object", "vehicle", "food", "city"]
+    few_maps = ["young", "next_number", "next_day", "workplace", "country"]
     mixed = [*itertools.product(few_slots, few_maps), *itertools.product(few_maps, few_slots)]
     selectors = [*POSITIONS, "animal", "colour", "city", "food"]
     source, operands, forms = {
@@ -336,22 +362,24 @@ def split_tasks(rng):
         rng.shuffle(pool[category])
         chosen, used = [], Counter()
         for task in pool[category]:
-            parts = [*task.operands, task.form]
-            # At most three of a kind, so that every concept keeps many other training tasks.
-            if len(chosen) < n_validation + n_test and not links(task) & held_out and all(used[p] < 3 for p in parts):
+            # Few of a kind, so that every concept keeps many other training tasks.
+            most = 2 if len(task.operands) == 1 else 4
+            spread = used[task.form] < 3 and all(used[operand] < most for operand in task.operands)
+            if len(chosen) < n_validation + n_test and spread and not links(task) & held_out:
                 chosen.append(task)
                 held_out |= links(task)
-                used.update(parts)
+                used.update([*task.operands, task.form])
         split["validation"] += chosen[:n_validation]
         split["test"] += chosen[n_validation:]
     for category, (n_train, _, _) in QUOTA.items():
         free = [task for task in pool[category] if not links(task) & held_out]
-        seen, turn = Counter(), {}
-        for task in free:
-            turn[task] = seen[task.operands]
-            seen[task.operands] += 1
-        # Every choice of operands once before any of them twice: the denser the grid, the better unseen cells go.
-        split["train"] += sorted(free, key=turn.get)[:n_train]
+        seen = Counter()
+        for _ in range(n_train):
+            # The least taught operands first, then the least taught form: an even grid serves its unseen cells best.
+            task = min(free, key=lambda t: (seen[t.operands], seen[t.form]))
+            free.remove(task)
+            seen.update([task.operands, task.form])
+            split["train"].append(task)
     return split
 
 
@@ -403,17 +431,20 @@ def document(rng):
         known += list(POSITIONS) * 2
     asked, told = [], []
     for operand in rng.sample(known, rng.randint(2, 4)):
+        question, reply = f"What is {operand_phrase(rng, operand)} ?", f"{value_of(operand, record)} ."
         if operand in ATTRIBUTES or rng.random() < 0.5:
             told.append(f"Here {statement(rng, operand, record)} .")
+        elif asked:
+            told.append(f"{question} {reply}")
         else:
-            asked.append(f"What is {operand_phrase(rng, operand)} ?")
-            told.append(f"{value_of(operand, record)} .")
+            asked.append(question)
+            told.insert(0, reply)
     form, words = rng.choice(list(FORMATS)), [rng.choice(SLOTS[slot][1]) for slot in rng.sample(list(SLOTS), 2)]
     joiner = rng.choice(list(JOINERS))
     gloss = rng.choice(GLOSSES).format(
         v=words[0], w=words[1], f=form_phrase(rng, form), v_f=FORMATS[form][0].format(x=words[0]),
         joined=form_phrase(rng, joiner), v_w=f" {JOINERS[joiner][0]} ".join(words))
-    # Questions come before the text they ask about, answers after it, in the same order.
+    # One question at most comes before the text: several, answered in order, would be the pair tasks in disguise.
     return " ".join([*([gloss] if rng.random() < 0.5 else []), *asked, record.text, *told])
 
 
@@ -437,7 +468,8 @@ def write_tokenizer(path, texts):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="unigram",
         vocab_size=len(words) + len(characters) + 4, hard_vocab_limit=False, character_coverage=1.0,
-        normalization_rule_name="identity", split_by_unicode_script=False, split_by_number=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
+        normalization_rule_name="identity", split_by_unicode_script=False, split_by_number=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     split = [word for word in words if len(pieces.encode(word)) != 1]
     if split:
@@ -487,7 +519,8 @@ def write_suite(root, seed=0):
         entry = task_file(rng, name, task, TRAIN_INSTANCES if split == "train" else EVAL_INSTANCES)
         versions = [(split, name, entry)]
         if split == "test":
-            versions.append(("test_unseen_wording", name + "_reworded", {**entry, "Definition": definitions(rng, task, unseen=True)}))
+            reworded = {**entry, "Definition": definitions(rng, task, unseen=True)}
+            versions.append(("test_unseen_wording", name + "_reworded", reworded))
         for part, name, entry in versions:
             names[part].append(name)
             for definition in entry["Definition"]:

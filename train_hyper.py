@@ -115,17 +115,15 @@ def finetune_batches(options, tagi):
         draws = data.draw_tasks(tasks, rng, options.tasks, options.instances, options.demos)
         pairs = [(draw, *pair) for draw in draws for pair in draw.pairs]
         batch = {
-            "instruction": data.tokenize(tokenizer, [data.instruction_text(
-                d.definition, d.demonstrations, tokenizer, options.max_instruction) for d in draws],
-                options.max_instruction, device),
+            "instruction": data.tokenize_instructed(tokenizer, [(d.definition, d.demonstrations) for d in draws],
+                                                    options.max_instruction, device),
             "input": data.tokenize(tokenizer, [data.instance_text(x) for _, x, _ in pairs], options.max_input, device),
             "labels": data.labels(tokenizer, [y for _, _, y in pairs], options.max_output, device),
             "index": torch.arange(len(draws), device=device).repeat_interleave(options.instances),      # instance -> task
             "unit": torch.tensor([units.index(data.unit_of(d.task, options.unit)) for d in draws], device=device)}
         if options.lambda_kl:
-            batch["prompt"] = data.tokenize(tokenizer, [data.prompt_text(
-                d.definition, d.demonstrations, x, tokenizer, options.max_input) for d, x, _ in pairs],
-                options.max_input, device)
+            batch["prompt"] = data.tokenize_instructed(tokenizer, [(d.definition, d.demonstrations, x) for d, x, _ in pairs],
+                                                       options.max_input, device)
         return batch
 
     return get_batch, units
@@ -151,7 +149,7 @@ def main(argv=None):
 def train(options, rank, world):
     folder = os.path.join(options.runs, options.name or options.stage)
     path = common.llm_path(options)
-    llm, tokenizer = common.load_llm(path, options.device, options.precision)
+    llm, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
     options.llm_is_relative = os.path.isdir(path)
     options.llm_path = os.path.relpath(path, folder) if options.llm_is_relative else path
     options.llm_fingerprint = common.fingerprint(llm)
@@ -183,9 +181,9 @@ def train(options, rank, world):
             group["lr"] = lr
         batches = [get_batch(step, rank + world * i) for i in range(options.accumulate)]
         # Means are over all label tokens, and all tasks, of the step's micro-batches and ranks.
-        counts = [sum((b["labels"] != data.IGNORE).sum().item() for b in batches), stop.asked]
-        n_tokens, stopping = common.sum_over_ranks(counts, options.device)
-        n_tasks = options.tasks * options.accumulate * world
+        counts = [sum((b["labels"] != data.IGNORE).sum().item() for b in batches),
+                  sum(len(b["instruction"][0]) for b in batches), stop.asked]
+        n_tokens, n_tasks, stopping = common.sum_over_ranks(counts, options.device)
         terms = dict.fromkeys(["loss", "ce"] + ["kl"] * bool(lambda_kl) + ["ins"] * align, 0.0)
 
         for batch in batches:
@@ -247,7 +245,7 @@ def load_kl_teacher(options, llm_path, tagi):
     if options.kl_teacher == "meta" and not common.is_finished(path):
         raise common.UserError(f"{path} is not there or not finished; first run "
                                f"python train_teacher.py --stage meta{common.config_flag(options)}")
-    teacher, tokenizer = common.load_llm(path, options.device, options.precision)
+    teacher, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
     if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or teacher.config.vocab_size != tagi.llm.config.vocab_size:
         raise common.UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one that shares it")
     return teacher.requires_grad_(False).eval()

@@ -29,6 +29,7 @@ def parser():
     common.add_shared_options(p)
     g = p.add_argument_group("stage")
     g.add_argument("--stage", choices=["base", "meta", "lora"], help="one stage; default: those of --stages")
+    g.add_argument("--name", help="folder under --runs; default: the stage's name")
     common.add_training_options(p, steps=10_000)
     g = p.add_argument_group("base (only --model tiny)")
     g.add_argument("--text", default="data/sample/corpus.txt", help="plain text, one document a line")
@@ -138,19 +139,18 @@ def train_meta(options, rank, world):
     if options.model == "tiny" and not common.is_finished(path):
         raise common.UserError(f"{path} is not there or not finished; first run "
                                f"python train_teacher.py --stage base{common.config_flag(options)}")
-    llm, tokenizer = common.load_llm(path, options.device)                  # weights in float32, arithmetic by autocast
+    llm, tokenizer = common.load_llm(path, options.device, attention=options.attention)                  # weights in float32, arithmetic by autocast
     tasks = data.load_sni(options.data, "train", options.max_instances)
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        texts, targets = [], []
+        items, targets = [], []
         for draw in data.draw_tasks(tasks, rng, options.tasks, options.instances, options.demos):
             for text, target in draw.pairs:
                 dropped = rng.random() < options.drop_instruction
-                texts.append(data.instance_text(text) if dropped else data.prompt_text(
-                    draw.definition, draw.demonstrations, text, tokenizer, options.max_input))
+                items.append(("", [], text) if dropped else (draw.definition, draw.demonstrations, text))
                 targets.append(target)
-        ids, mask = data.tokenize(tokenizer, texts, options.max_input, options.device)
+        ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
         return ids, mask, data.labels(tokenizer, targets, options.max_output, options.device)
 
     train_llm(folder_of(options, "meta"), options, llm, tokenizer, get_batch, rank, world)
@@ -159,7 +159,7 @@ def train_meta(options, rank, world):
 def train_lora(options, rank, world):
     """LoRA teachers on the frozen LLM, several side by side: a batch mixes them, each example uses its own weights."""
     folder, path = folder_of(options, "lora"), common.llm_path(options)
-    llm, tokenizer = common.load_llm(path, options.device, options.precision)
+    llm, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
     llm.requires_grad_(False).eval()
     fingerprint = common.fingerprint(llm)
     lora.inject_lora(llm, options.targets.split(","), options.rank, options.alpha)
@@ -192,15 +192,14 @@ def train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, s
         lr = common.learning_rate(options, step)
         for g in optimizer.param_groups:
             g["lr"] = lr
-        texts, targets, owner = [], [], []
+        items, targets, owner = [], [], []
         for u, unit in enumerate(group):
             rng = data.generator(options.seed, step, numbers[unit])         # the same examples alone or in a group
             for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, options.demos):
-                texts += [data.prompt_text(draw.definition, draw.demonstrations, text, tokenizer, options.max_input)
-                          for text, _ in draw.pairs]
+                items += [(draw.definition, draw.demonstrations, text) for text, _ in draw.pairs]
                 targets += [target for _, target in draw.pairs]
                 owner += [u] * len(draw.pairs)
-        ids, mask = data.tokenize(tokenizer, texts, options.max_input, options.device)
+        ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
         labels = data.labels(tokenizer, targets, options.max_output, options.device)
         owner = torch.tensor(owner, device=options.device)                                     # (N,)
         n_tokens = torch.zeros(len(group), device=options.device).index_add_(
@@ -223,7 +222,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, s
 
 
 def folder_of(options, stage):
-    return os.path.join(options.runs, stage)
+    return os.path.join(options.runs, options.name or stage)
 
 
 STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora}

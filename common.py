@@ -172,7 +172,7 @@ def learning_rate(options, step: int) -> float:
 def make_optimizer(parameters, options):
     if options.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, options.beta2), weight_decay=options.weight_decay)
+    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, options.beta2), weight_decay=options.weight_decay, fused=True)
 
 
 # -------------------------------------------------------------------------------------------------------- processes

@@ -179,11 +179,9 @@ def generator(*key: int) -> np.random.Generator:
 def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, demos: str) -> list[Draw]:
     """n_tasks tasks, each with one of its wordings and n_instances instances; demos: "0", "2" or "mixed".
 
-    mixed: one micro-batch in three has two demonstrations, and half the tasks, being twice as long.
+    mixed: every other micro-batch, on average, has two demonstrations; one choice a batch keeps padding low.
     """
-    n_demos = (2 if rng.random() < 1 / 3 else 0) if demos == "mixed" else int(demos)
-    if demos == "mixed" and n_demos:
-        n_tasks = max(1, n_tasks // 2)
+    n_demos = 2 * int(rng.integers(2)) if demos == "mixed" else int(demos)
     picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks))
     return [draw_task(tasks[t], rng, n_instances, n_demos) for t in picks]
 
@@ -212,6 +210,14 @@ def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
     if not documents:
         raise UserError(f"{path} has no document of three tokens or more")
     return documents
+
+
+def split_document(ids: list[int], ends: set[int], limit: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """A document's first `limit` tokens in two, cut behind one of its sentences (`ends`: ids of tokens that end one)."""
+    window = ids[:limit]
+    places = [i for i in range(1, len(window)) if window[i - 1] in ends] or [len(window) // 2]
+    cut = places[rng.integers(len(places))]
+    return window[:cut], window[cut:]
 
 
 def cut_document(ids: list[int], parts: int, limit: int, rng: np.random.Generator) -> list[list[int]]:

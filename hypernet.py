@@ -32,7 +32,7 @@ class Adapter:
     weights: lora.Weights | None                             # {site: (K, r, D_in), (K, D_out, r)}; None: no hypernetwork
     states: torch.Tensor                                     # (K, S, D) I_x, the encoded instruction
     mask: torch.Tensor                                       # (K, S) bool, False on padding
-    fusion: list[tuple[torch.Tensor, torch.Tensor]]          # per encoder block keys, values (K, H, S, D/H); [] if off
+    fusion: list[tuple[torch.Tensor, torch.Tensor]]          # per encoder block keys, values (K, H, S, d_kv); [] if off
 
     def __len__(self):
         return len(self.mask)
@@ -136,22 +136,23 @@ class Generator(nn.Module):
 class InstructionAttention(nn.Module):
     """Eq. 1, part 1: F_l = S_l + Attention(LayerNorm(S_l), I_x, I_x); the output projection starts at zero."""
 
-    def __init__(self, d_model, heads):
+    def __init__(self, d_model, heads, d_head):
         super().__init__()
         self.heads = heads
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
-        self.q, self.k, self.v, self.o = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        self.q, self.k, self.v = (nn.Linear(d_model, heads * d_head, bias=False) for _ in range(3))
+        self.o = nn.Linear(heads * d_head, d_model, bias=False)
         nn.init.zeros_(self.o.weight)
 
     def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (N, H, ·, D/H)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (N, H, ·, d_kv)
 
     def keys_values(self, states):                                                          # (K, S, D), once per task
         return self.split(self.k(states)), self.split(self.v(states))
 
     def forward(self, x, k, v, mask):                                                       # (N, T, D), ..., (N, S)
-        q = self.split(self.q(self.norm(x)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])          # (N, H, T, D/H)
+        q = self.split(self.q(self.norm(x.to(self.norm.weight.dtype))))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])          # (N, H, T, d_kv)
         return x + self.o(y.transpose(1, 2).flatten(2)).to(x.dtype)
 
 
@@ -175,8 +176,9 @@ class TAGI(nn.Module):
             self.generator = Generator(shapes, D, options.rank, options.generator, options.width, options.bottleneck)
             self.generator.initialize_weights(lora.init_weights(llm, options.rank, options.seed))
         stack = [m for m in llm.get_encoder().modules() if type(m).__name__.endswith("LayerSelfAttention")]
-        self.fusion = nn.ModuleList(InstructionAttention(D, heads) for _ in stack) if options.encoder_fusion else []
-        for l, layer in enumerate(stack if options.encoder_fusion else []):
+        stack = stack if options.encoder_fusion else []
+        self.fusion = nn.ModuleList(InstructionAttention(D, heads, llm.config.d_kv) for _ in stack)
+        for l, layer in enumerate(stack):
             layer.register_forward_hook(lambda _, args, out, l=l: self._fuse(l, out))
 
         self.norm_gains, self.embedding_delta = nn.ParameterDict(), None
@@ -235,6 +237,8 @@ class TAGI(nn.Module):
 
     def merge(self, adapter: Adapter) -> None:
         """Fold one task's LoRA into the LLM. Until `unmerge`, only this adapter can run, at plain T5's cost."""
+        if self.merged is not None:
+            raise ValueError("already merged; call unmerge first")
         if len(adapter) != 1:
             raise ValueError(f"only one task can be merged, not {len(adapter)}; select one first")
         if adapter.weights is not None:

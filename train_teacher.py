@@ -11,6 +11,7 @@ Launch (without --stage: the stages that the config lists, in order):
     python train_teacher.py --stage meta --lr 1e-3
     torchrun --nproc-per-node 8 train_teacher.py --config configs/my.yaml
 """
+import dataclasses
 import os
 import sys
 
@@ -40,6 +41,8 @@ def parser():
     g.add_argument("--ff", type=int, default=128, help="d_ff")
     g = p.add_argument_group("meta")
     g.add_argument("--drop-instruction", type=float, default=0.0, help="share of examples that hold the input alone")
+    g.add_argument("--easy-first", type=float, default=0.0, help="share of the steps, at the start, on tasks with answers of "
+                   "one or two words, in one wording, without demonstrations; a model made from nothing needs it")
     g = p.add_argument_group("lora")
     g.add_argument("--teachers-at-once", type=int, default=16, help="LoRA teachers trained side by side in one batch")
     return p
@@ -111,14 +114,15 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
 # ----------------------------------------------------------------------------------------------------------- stages
 
 def train_base(options, rank, world):
-    """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
+    """A small T5 from nothing: continue a document from one of its sentences on (prefix language modelling)."""
     tokenizer = load_tokenizer(os.path.join(options.data, "tokenizer"))
     documents = data.read_documents(options.text, tokenizer, options.text_length)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = {i for piece, i in tokenizer.get_vocab().items() if piece.endswith((".", "?", "!"))}
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        rows = [data.cut_document(documents[i], 2, options.text_length, rng)
+        rows = [data.split_document(documents[i], ends, options.text_length, rng)
                 for i in rng.integers(len(documents), size=options.tasks * options.instances)]
         ids, mask = data.pad([a + [eos] for a, _ in rows], pad, options.device)
         labels, _ = data.pad([b + [eos] for _, b in rows], data.IGNORE, options.device)
@@ -141,13 +145,16 @@ def train_meta(options, rank, world):
                                f"python train_teacher.py --stage base{common.config_flag(options)}")
     llm, tokenizer = common.load_llm(path, options.device, attention=options.attention)                  # weights in float32, arithmetic by autocast
     tasks = data.load_sni(options.data, "train", options.max_instances)
+    easy = [dataclasses.replace(t, definitions=t.definitions[:1]) for t in tasks
+            if all(len(output.split()) <= 2 for x in t.instances for output in x.outputs)] or tasks
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        items, targets = [], []
-        for draw in data.draw_tasks(tasks, rng, options.tasks, options.instances, options.demos):
+        items, targets, first = [], [], step < options.easy_first * options.steps
+        for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances,
+                                    "0" if first else options.demos):
             for text, target in draw.pairs:
-                dropped = rng.random() < options.drop_instruction
+                dropped = not first and rng.random() < options.drop_instruction
                 items.append(("", [], text) if dropped else (draw.definition, draw.demonstrations, text))
                 targets.append(target)
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)

@@ -1,0 +1,389 @@
+"""A user's mistake: one line on standard error, exit code 2, nothing lost. `Project.refuses` checks these three each time."""
+import json
+import shutil
+import subprocess
+import warnings
+
+import pytest
+import torch
+import yaml
+
+pytest.register_assert_rewrite("stages")
+pytest_plugins = ("stages",)
+from stages import ROOT, Project, environment
+
+import data
+import evaluate
+import train_hyper
+
+ASK = ("--instruction", "Find the city .", "--input", "Anna went to Paris on Monday .")
+
+
+def test_in_a_process_of_its_own(project):
+    """What the shell sees: no traceback, nothing on standard output, the code."""
+    shutil.rmtree(project.runs / "meta")
+    done = subprocess.run(project.command("pretrain", "--name=other"), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.count("\n") <= 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------ the order of the stages
+
+@pytest.mark.parametrize("stage, absent, command, flags", [
+    ("meta", "base", "python train_teacher.py --stage base", ()),
+    ("lora", "meta", "python train_teacher.py --stage meta", ()),
+    ("lora", "base", "python train_teacher.py --stage base", ("--llm=base",)),
+    ("pretrain", "meta", "python train_teacher.py --stage meta", ()),
+    ("finetune", "meta", "python train_teacher.py --stage meta", ()),
+    ("finetune", "lora", "python train_teacher.py --stage lora", ()),
+    ("finetune", "lora", "python train_teacher.py --stage lora", ("--lambda-ins=0",)),
+    ("finetune", "lora", "python train_teacher.py --stage lora", ("--lambda-kl=0",)),
+    ("finetune", "pretrain", "python train_hyper.py --stage pretrain", ()),
+    ("evaluate", "finetune", "python train_hyper.py --stage finetune", ()),
+    ("evaluate", "finetune", "python train_hyper.py --stage finetune", ASK),
+    ("evaluate", "lora", "python train_teacher.py --stage lora", ("--split=validation",)),
+])
+def test_a_stage_before_the_one_it_needs_names_the_command_to_run(project, stage, absent, command, flags):
+    if stage != "evaluate":
+        shutil.rmtree(project.runs / stage)
+    shutil.rmtree(project.runs / absent)
+    line = project.refuses(stage, *flags)
+    assert str(project.runs / absent) in line or f"runs/{absent}" in line
+    assert f"{command} --config {project.config}" in line
+
+
+def test_a_student_whose_frozen_llm_is_gone_says_where_it_should_be(project):
+    shutil.rmtree(project.runs / "meta")
+    line = project.refuses("evaluate", "--tagi-only")
+    assert str(project.runs / "meta") in line.replace("finetune/../", "") and "Repo id" not in line
+
+
+@pytest.mark.parametrize("stage, absent", [("meta", "base"), ("pretrain", "meta"), ("finetune", "pretrain"), ("finetune", "lora")])
+def test_an_unfinished_stage_is_not_built_upon(project, stage, absent):
+    record = project.runs / absent / "config.yaml"
+    if absent == "lora":
+        record = next(project.runs.glob("lora/*/config.yaml"))
+    record.write_text(record.read_text().replace("finished: true", "finished: false"))
+    assert f"--stage {absent}" in project.refuses(stage, "--name=other")
+
+
+# --------------------------------------------------------------------------------------------------------- options
+
+def config(project, tmp_path, text, section=None):
+    """project's config with a few lines more, at the top level or in a section."""
+    values = yaml.safe_load(project.config.read_text())
+    (values[section] if section else values).update(yaml.safe_load(text))
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("section, text, said", [
+    (None, "max_inputs: 3", ["max_inputs", "max-input"]), (None, "finetunes: {lr: 3}", ["finetunes", "finetune"]),
+    (None, "lr: 3e-4", ["lr"]),                                             # known, but a stage's: belongs into a section
+    ("meta", "leraning_rate: 3", ["leraning_rate", "meta:"]), ("meta", "drop_instructions: 0.1", ["drop_instructions", "drop-instruction"]),
+    ("meta", "lambda_kl: 1", ["lambda_kl", "meta:"]),                       # another script's
+    (None, "rank: many", ["rank", "many"]), (None, "rank: 1.5", ["rank", "1.5"]), ("meta", "lr: fast", ["lr", "fast"]),
+    ("meta", "schedule: sudden", ["schedule", "sudden", "cosine"]), (None, "demos: 3", ["demos", "mixed"]),
+    (None, "rank: 0", ["rank", "0"]), (None, "rank: true", ["rank"]), (None, "rank: false", ["rank"]),
+    (None, "meta: 3", ["meta"]), (None, "meta: [lr, 3]", ["meta"]), ("meta", "lr: {a: 3}", ["lr"])])
+def test_a_wrong_line_of_the_config_is_named_with_the_file(project, tmp_path, section, text, said):
+    path = config(project, tmp_path, text, section)
+    line = project.refuses("meta", "--name=other", "--config", path)
+    assert str(path) in line
+    assert all(word in line.replace(str(path), "") for word in said), line
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2", "a: b: c", "- 1\n- 2\n", "just words", "\tseed: 1", "a: 'b"])
+def test_a_config_that_is_no_yaml_mapping_is_refused(project, tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    assert str(path) in project.refuses("meta", "--config", path)
+
+
+def test_a_missing_config_is_named(project, tmp_path):
+    for stage in ("meta", "finetune", "evaluate"):
+        line = project.refuses(stage, "--config", tmp_path / "absent.yaml")
+        assert "absent.yaml" in line and "--config" in line
+
+
+@pytest.mark.parametrize("stage, flags, said", [
+    ("meta", ["--stepz", "3"], ["--stepz", "--steps"]), ("finetune", ["--lambda-k=3"], ["--lambda-k", "--lambda-kl"]),
+    ("evaluate", ["--chekpoint", "x"], ["--chekpoint", "--checkpoint"]), ("meta", ["more"], ["more"]),
+    ("lora", ["--rank", "0"], ["--rank", "0", "1"]), ("finetune", ["--rank=-2"], ["--rank", "-2"]), ("meta", ["--rank", "x"], ["--rank", "x"]),
+    ("meta", ["--stage", "mete"], ["--stage", "mete", "meta"]), ("finetune", ["--alignment", "x"], ["--alignment", "product"]),
+    ("finetune", ["--lambda-ins", "x"], ["--lambda-ins", "x"]), ("meta", ["--lr"], ["--lr"]), ("meta", ["--lr="], ["--lr"]),
+    ("finetune", ["--no-hypernetwork", "--no-fusion"], ["--no-hypernetwork", "--no-fusion"]),
+    ("finetune", ["--no-hypernetwork", "--no-encoder-fusion", "--no-decoder-fusion", "--no-train-norms"], ["--no-hypernetwork"]),
+    ("finetune", ["--lambda-ce=0", "--lambda-kl=0"], ["--lambda-ce", "--lambda-kl"]),
+    ("lora", ["--targets=q,x"], ["targets", "x", "wi_0"]), ("finetune", ["--targets=q,x", "--no-pretrained"], ["targets", "x", "wi_0"]),
+    ("meta", ["--tasks=0"], ["--tasks"]), ("finetune", ["--steps=0"], ["--steps"]), ("finetune", ["--instances=0"], ["--instances"]),
+    ("meta", ["--accumulate=0"], ["--accumulate"]), ("finetune", ["--temperature=0"], ["--temperature"]),
+    ("lora", ["--teachers-at-once=0"], ["--teachers-at-once"]), ("pretrain", ["--text-length=2"], ["--text-length"]),
+    ("meta", ["--save-every=0"], ["--save-every"]), ("meta", ["--log-every=0"], ["--log-every"])])
+def test_a_wrong_option_is_named(project, stage, flags, said):
+    line = project.refuses(stage, *([] if stage == "evaluate" else ["--name=other"]), *flags)
+    assert all(word in line for word in said), line
+    assert not (project.runs / "other" / "model.safetensors").exists()
+
+
+def test_train_hyper_without_a_stage_names_the_option(project):
+    with pytest.raises(SystemExit) as end:
+        train_hyper.main(["--config", str(project.config)])
+    assert end.value.code == 2
+
+
+def test_an_unknown_stage_of_the_list_is_named(project):
+    line = project.refuses(None, "--stages=base,mete")
+    assert "mete" in line and "meta" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_not_there(project):
+    assert "--device" in project.refuses("meta", "--device=cuda", "--name=other")
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+def damaged(project, tmp_path, split, edit) -> Project:
+    """A copy of the project whose first task of a split went through edit(record) -> record or text."""
+    other = project.copy(tmp_path / "damaged", data=tmp_path / "data")
+    name = (other.data / "splits" / "default" / f"{split}_tasks.txt").read_text().split()[0]
+    other.task = other.data / "tasks" / f"{name}.json"
+    record = edit(json.loads(other.task.read_text()))
+    other.task.write_text(record if isinstance(record, str) else json.dumps(record))
+    return other
+
+
+def without(key, value=None):
+    def edit(record):
+        record.pop(key)
+        return record if value is None else record | {key: value}
+    return edit
+
+
+def instance(change):
+    def edit(record):
+        record["Instances"][2].update(change)
+        return record
+    return edit
+
+
+DAMAGE = [(lambda record: json.dumps(record, indent=1)[:300], "JSON"), (lambda record: "", "JSON"),
+          (lambda record: json.dumps([record]), ""), (without("Definition"), "Definition"), (without("Definition", []), "Definition"),
+          (without("Definition", [" "]), "Definition"), (instance({"output": []}), "instance 2"), (instance({"output": None}), "instance 2"),
+          (without("Instances", []), "nstance"), (without("Positive Examples", [{"input": "a"}]), "Positive Example")]
+NAMES = ("cut", "empty", "a list", "no Definition", "Definition []", "Definition blank", "output []", "output null", "Instances []",
+         "an example without output")
+
+
+@pytest.mark.parametrize("edit, said", DAMAGE, ids=NAMES)
+def test_a_damaged_training_task_is_named(project, tmp_path, edit, said):
+    other = damaged(project, tmp_path, "train", edit)
+    line = other.refuses("meta", "--name=other", "--data", other.data, "--demos=2")
+    assert str(other.task) in line and said in line
+
+
+@pytest.mark.parametrize("edit, said", [DAMAGE[0], DAMAGE[3], DAMAGE[6], DAMAGE[8]], ids=["cut", "no Definition", "output []", "Instances []"])
+def test_a_damaged_test_task_is_named(project, tmp_path, edit, said):
+    other = damaged(project, tmp_path, "validation", edit)
+    line = other.refuses("evaluate", "--tagi-only", "--data", other.data, "--split=validation")
+    assert str(other.task) in line and said in line
+
+
+def test_a_test_task_without_examples_is_scored(project, tmp_path, monkeypatch):
+    """They are optional in a task file, so the row that copies the first one has to do without."""
+    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos: {})
+    other = damaged(project, tmp_path, "validation", without("Positive Examples"))
+    assert "copy the first demonstration" in other.run("evaluate", "--data", other.data, "--split=validation")
+
+
+@pytest.mark.parametrize("stage", ["base", "meta", "lora", "finetune", "evaluate"])
+def test_a_missing_data_folder_is_named_with_the_command_that_writes_it(project, tmp_path, stage):
+    name = [] if stage == "evaluate" else ["--name=other"]
+    line = project.refuses(stage, *name, "--data", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in line and "python sample.py" in line
+
+
+@pytest.mark.parametrize("stage, split", [("meta", "train"), ("finetune", "train"), ("evaluate", "test")])
+def test_an_empty_or_missing_split_or_task_file_is_named(project, tmp_path, stage, split):
+    other = project.copy(tmp_path / "damaged", data=tmp_path / "data")
+    flags = [*([] if stage == "evaluate" else ["--name=other"]), "--data", other.data]
+    path = other.data / "splits" / "default" / f"{split}_tasks.txt"
+    path.write_text(path.read_text() + "task999_absent\n")
+    line = other.refuses(stage, *flags)
+    assert str(path) in line and "task999_absent" in line
+    path.write_text("\n")
+    assert str(path) in other.refuses(stage, *flags)
+    path.unlink()
+    assert str(path) in other.refuses(stage, *flags)
+
+
+def test_a_split_that_is_not_there_is_named(project):
+    assert "dev_tasks.txt" in project.refuses("evaluate", "--split=dev")
+
+
+@pytest.mark.parametrize("stage", ["base", "pretrain"])
+@pytest.mark.parametrize("name, text, said", [
+    ("absent.txt", None, "--text"), ("empty.txt", "\n \n", ""), ("short.txt", "Anna\nTom\n", ""),
+    ("broken.jsonl", '{"text": "Anna went to Paris on Monday ."}\n{"text": "An\n', "line 2"), ("other.json", '{"words": "a"}\n', "line 1")])
+def test_a_wrong_text_file_is_named(project, tmp_path, stage, name, text, said):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    line = project.refuses(stage, "--name=other", "--text", path)
+    assert str(path) in line and said in line
+
+
+def test_a_text_file_that_is_no_text_is_named(project, tmp_path):
+    path = tmp_path / "image.txt"
+    path.write_bytes(bytes(range(256)))
+    assert str(path) in project.refuses("base", "--name=other", "--text", path)
+
+
+# ------------------------------------------------------------------------------------------------------ own instruction
+
+@pytest.mark.parametrize("flags, said", [
+    (["--instruction", "Find the city .", "--input", " "], "empty"), (["--instruction", "", "--input", "a"], "--instruction"),
+    (["--instruction", " ", "--input", "a"], "--instruction"), (["--instruction", "Find the city ."], "--input"),
+    (["--instruction", "Find the city .", "--input", "a", "--input", ""], "input 2"), (["--input", "a"], "--instruction")])
+def test_an_empty_input_or_instruction_is_refused(project, flags, said):
+    assert said in project.refuses("evaluate", *flags)
+
+
+def warned(seen):
+    return [str(w.message) for w in seen if "cut to the limit" in str(w.message)]
+
+
+def test_an_instruction_over_the_limit_is_cut_with_one_warning_and_answered(project, monkeypatch):
+    monkeypatch.setattr(data, "_warned", set())
+    limit = project.record("finetune")["max_instruction"]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        out = project.run("evaluate", "--instruction", "Find the city . " * 200, *ASK[2:], *ASK[2:])
+    assert len(warned(seen)) == 1 and str(limit) in warned(seen)[0] and out.count("\n") == 2
+
+
+def test_an_input_over_the_limit_is_cut_with_one_warning_and_answered(project, monkeypatch):
+    monkeypatch.setattr(data, "_warned", set())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert project.run("evaluate", *ASK, "--input", "Anna went to Paris . " * 200, "--input", "Tom . " * 500).count("\n") == 3
+    assert len(warned(seen)) == 1
+
+
+@pytest.mark.parametrize("stage", ["meta", "finetune"])
+def test_training_texts_over_the_limit_are_cut_with_one_warning(project, monkeypatch, stage):
+    monkeypatch.setattr(data, "_warned", set())
+    flag = "--max-instruction=9" if stage == "finetune" else "--max-input=9"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        project.run(stage, "--name=other", "--demos=2", flag, "--steps=3")
+    assert len(warned(seen)) == 1 and project.record("other")["finished"]
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_a_student_of_another_frozen_llm_is_refused(project):
+    project.run("meta", "--fresh", "--seed=1")
+    for flags in (["--split=validation"], ["--tagi-only"], ASK):
+        line = project.refuses("evaluate", *flags)
+        assert str(project.runs / "finetune") in line and "meta" in line and "another" in line
+    assert str(project.runs / "lora") in project.refuses("finetune", "--name=other")
+    for flags in ([], ["--no-hypernetwork"]):
+        line = project.refuses("finetune", "--name=other", "--lambda-kl=0", "--lambda-ins=0", *flags)
+        assert str(project.runs / "pretrain") in line and "--no-pretrained" in line
+
+
+def test_teachers_and_students_of_another_rank_are_refused(project):
+    line = project.refuses("finetune", "--name=other", "--rank=3")
+    assert str(project.runs / "lora") in line and "rank" in line and "2" in line and "3" in line
+    line = project.refuses("finetune", "--name=other", "--rank=3", "--lambda-kl=0", "--lambda-ins=0")
+    assert str(project.runs / "pretrain") in line and "rank" in line
+    record = project.runs / "finetune" / "config.yaml"
+    record.write_text(record.read_text().replace("rank: 2", "rank: 3"))
+    line = project.refuses("evaluate", "--tagi-only")
+    assert str(project.runs / "finetune") in line and "rank" in line
+
+
+def test_teachers_of_other_projections_are_refused(project):
+    line = project.refuses("finetune", "--name=other", "--targets=q,v", "--no-pretrained")
+    assert str(project.runs / "lora") in line and "targets" in line
+
+
+@pytest.mark.parametrize("file, damage", [("config.yaml", "empty"), ("config.yaml", "gone"), ("model.safetensors", "cut"),
+                                          ("model.safetensors", "gone")])
+@pytest.mark.parametrize("folder, stage, flags", [
+    ("finetune", "evaluate", ["--tagi-only"]), ("finetune", "evaluate", ASK), ("pretrain", "finetune", ["--name=other"]),
+    ("lora/*", "finetune", ["--name=other"]), ("meta", "pretrain", ["--name=other"]), ("base", "meta", ["--name=other"])],
+    ids=["evaluate", "ask", "pretrain", "lora", "meta", "base"])
+def test_a_damaged_checkpoint_is_named(project, folder, stage, flags, file, damage):
+    path = next(project.runs.glob(f"{folder}/{file}"))
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if damage == "cut" else 0])
+    if damage == "gone":
+        path.unlink()
+    line = project.refuses(stage, *flags)
+    assert str(path.parent) in line
+    assert "name an existing config with --config" not in line              # it is not the user's config that is wrong
+
+
+@pytest.mark.parametrize("checkpoint", ["meta", "lora", "nowhere"])
+def test_a_checkpoint_that_is_no_student_is_refused(project, checkpoint):
+    for flags in (["--tagi-only"], ASK):
+        assert str(project.runs / checkpoint) in project.refuses("evaluate", "--checkpoint", project.runs / checkpoint, *flags)
+
+
+@pytest.mark.parametrize("flag, stage", [("--llm", "lora"), ("--kl-teacher", "finetune")])
+@pytest.mark.parametrize("what", ["nowhere", "data", "file"])
+def test_an_llm_that_is_none_is_named(project, tmp_path, flag, stage, what):
+    path = {"nowhere": tmp_path / "nowhere", "data": project.data, "file": project.config}[what]
+    line = project.refuses(stage, "--name=other", flag, path)
+    assert str(path) in line and "Repo id" not in line                      # a missing folder, not a misspelt name on the hub
+
+
+def test_a_kl_teacher_with_another_vocabulary_is_refused(project, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(project.runs / "base", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[100][0], vocab[101][0] = vocab[101][0], vocab[100][0]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = project.refuses("finetune", "--name=other", "--kl-teacher", other)
+    assert str(other) in line and "vocabulary" in line
+
+
+@pytest.mark.parametrize("stage", ["meta", "lora", "finetune"])
+def test_runs_that_cannot_be_written_are_refused_before_training(project, tmp_path, stage):
+    file = tmp_path / "a file"
+    file.write_text("")
+    line = project.refuses(stage, "--name=../" + file.name + "/x")          # a file where a folder should be
+    assert "a file" in line
+
+
+def test_results_that_cannot_be_written_are_refused(project):
+    assert str(project.config) in project.refuses("evaluate", "--tagi-only", "--out", project.config)
+
+
+def test_a_margin_needs_the_row_it_is_over(project):
+    line = project.refuses("evaluate", "--tagi-only", "--floor-margin=3")
+    assert "--floor-margin" in line and "--tagi-only" in line
+
+
+# ---------------------------------------------------------------------------------------------------- nothing is lost
+
+@pytest.mark.parametrize("stage", ["base", "lora", "finetune"])
+def test_fresh_with_a_mistake_does_not_remove_the_finished_run(project, tmp_path, stage):
+    project.refuses(stage, "--fresh", "--data", tmp_path / "nowhere", "--text", tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize("stage", ["lora", "finetune"])
+def test_a_mistake_leaves_no_run_behind_that_a_right_command_trips_over(project, tmp_path, stage):
+    project.refuses(stage, "--name=other", "--data", tmp_path / "nowhere", "--alpha=7")
+    project.run(stage, "--name=other")
+
+
+def test_a_failed_evaluation_keeps_the_predictions_of_the_last_one(project, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos: {})
+    project.run("evaluate", "--split=validation")
+    shutil.rmtree(project.runs / "lora")
+    assert "--stage lora" in project.refuses("evaluate", "--split=validation")

@@ -1,0 +1,86 @@
+"""Two processes, joined by gloo as torchrun starts them, train what one process trains on the same batches."""
+import sys
+
+import pytest
+
+pytest.register_assert_rewrite("stages")
+pytest_plugins = ("stages",)
+from stages import process
+
+import common
+import train_teacher
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SHARED = ("--steps=3", "--save-every=2", "--seed=3")
+FINETUNE = ("--alignment=factors", "--train-embeddings", *SHARED)
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.fixture(scope="module")
+def teachers(finished, tmp_path_factory):
+    """meta and lora, one after the other, in one launch with two ranks."""
+    project = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("base",))
+    project.said = process(*TORCHRUN, *project.command(None, "--stages=meta,lora", "--teachers-at-once=2", *SHARED)[1:]).stdout
+    return project
+
+
+@pytest.fixture(scope="module")
+def student(finished, tmp_path_factory):
+    """finetune on two ranks, with all three losses."""
+    project = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("meta", "lora", "pretrain"))
+    process(*TORCHRUN, *project.command("finetune", *FINETUNE)[1:])
+    return project
+
+
+def test_meta_on_two_ranks_equals_one_process_with_two_micro_batches(finished, teachers, tmp_path):
+    one, half = (finished.copy(tmp_path / name, ("base",)) for name in ("one", "half"))
+    one.run("meta", "--accumulate=2", *SHARED)
+    half.run("meta", *SHARED)
+    assert largest_difference(teachers.weights("meta"), one.weights("meta")) < 1e-5
+    assert largest_difference(teachers.weights("meta"), half.weights("meta")) > 1e-3        # the second rank's half counts
+
+
+def test_lora_on_two_ranks_equals_one_exactly_and_leaves_out_no_teacher(teachers, tmp_path):
+    one = teachers.copy(tmp_path / "one", ("meta",))
+    one.run("lora", "--teachers-at-once=2", *SHARED)
+    folders = sorted(path.parent.name for path in one.runs.glob("lora/*/model.safetensors"))
+    assert len(folders) > 4 and folders == sorted(path.parent.name for path in teachers.runs.glob("lora/*/model.safetensors"))
+    for folder in folders:
+        assert largest_difference(teachers.weights("lora", folder), one.weights("lora", folder)) == 0
+    assert teachers.record("lora")["finished"]
+
+
+def test_ranks_that_start_at_different_times_leave_out_no_teacher(finished, tmp_path):
+    """Rank 1 may come to the list of teachers when rank 0 has finished its first: here, all of its own."""
+    late = finished.copy(tmp_path / "late", ("meta",))
+    options = common.parse(train_teacher.parser(), "lora", late.argv("lora", "--teachers-at-once=1"))
+    for rank in (0, 1):
+        train_teacher.train_lora(options, rank, 2)
+    assert len(list(late.runs.glob("lora/*/model.safetensors"))) == len(list(finished.runs.glob("lora/*/model.safetensors")))
+
+
+def test_two_ranks_speak_once_and_log_once(teachers):
+    assert teachers.said.count("2 ranks x 4 tasks") == 2                                    # of the stages meta and lora
+    assert [row["step"] for row in teachers.log("meta")] == [1, 2, 3]
+    assert teachers.record("meta")["finished"] and (teachers.runs / "meta" / "optimizer.pt").is_file()
+
+
+def test_finetuning_on_two_ranks_equals_one_process_with_two_micro_batches(finished, student, tmp_path):
+    one, half = (finished.copy(tmp_path / name, ("meta", "lora", "pretrain")) for name in ("one", "half"))
+    one.run("finetune", "--accumulate=2", *FINETUNE)
+    half.run("finetune", *FINETUNE)
+    two = student.weights("finetune")
+    assert largest_difference(two, one.weights("finetune")) < 1e-5
+    assert largest_difference(two, half.weights("finetune")) > 1e-3
+
+
+def test_the_log_of_two_ranks_is_of_the_whole_step_not_of_one_ranks_half(finished, student, tmp_path):
+    one = finished.copy(tmp_path / "one", ("meta", "lora", "pretrain"))
+    one.run("finetune", "--accumulate=2", *FINETUNE)
+    for two, row in zip(student.log("finetune"), one.log("finetune"), strict=True):
+        for term in ("loss", "ce", "kl", "ins"):
+            assert two[term] == pytest.approx(row[term], abs=2e-5), (term, two, row)

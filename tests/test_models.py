@@ -1,0 +1,340 @@
+"""Around the method: the LLM on disk, LoRA teachers, data, metrics."""
+import copy
+import json
+import random
+import warnings
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from rouge_score import rouge_scorer
+
+import common
+import data
+import evaluate
+import lora
+import report
+import train_teacher
+from conftest import INPUTS, KINDS, OUTPUTS, make_llm, make_tokenizer
+
+# ----------------------------------------------------------------------------------------------------------- the LLM
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_llm_comes_back_bit_for_bit_and_its_head_stays_tied_or_untied(kind, tmp_path):
+    """save_llm and load_llm: the same weights, logits, answers, fingerprint and tokenizer."""
+    llm, tokenizer = make_llm(kind), make_tokenizer()
+    train_teacher.save_llm(str(tmp_path), train_teacher.parser().parse_args([]), llm, tokenizer, finished=True)
+    loaded, loaded_tokenizer = common.load_llm(str(tmp_path))
+    assert type(loaded) is type(llm) and loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded_tokenizer(INPUTS)["input_ids"] == tokenizer(INPUTS)["input_ids"]
+    assert (loaded.lm_head.weight is loaded.shared.weight) == (kind == "v1.0")
+    before, after = llm.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    ids, mask = data.tokenize(tokenizer, INPUTS, 64)
+    labels = data.labels(tokenizer, OUTPUTS, 64)
+    a, b = (m(input_ids=ids, attention_mask=mask, labels=labels).logits for m in (llm, loaded))
+    assert torch.equal(a, b)
+    a, b = (m.generate(ids, attention_mask=mask, max_new_tokens=6) for m in (llm, loaded))
+    assert torch.equal(a, b)
+    assert common.fingerprint(loaded) == common.fingerprint(llm) != common.fingerprint(make_llm(kind, seed=1))
+
+
+def test_the_built_in_model_is_untied_and_finite():
+    """tiny_t5 has a head of its own, which saving and loading keep (above), and starts near the uniform loss."""
+    tokenizer = make_tokenizer()
+    llm = train_teacher.tiny_t5(train_teacher.parser().parse_args([]), tokenizer)
+    assert llm.lm_head.weight is not llm.shared.weight and llm.config.vocab_size == len(tokenizer)
+    ids, mask = data.tokenize(tokenizer, INPUTS, 64)
+    loss = llm(input_ids=ids, attention_mask=mask, labels=data.labels(tokenizer, OUTPUTS, 64)).loss
+    assert loss < 1.5 * np.log(len(tokenizer))
+
+
+def test_fingerprint_is_of_the_llm_not_of_wrappers_or_precision():
+    """Injection and bf16 leave it; changed weights of any one layer do not."""
+    llm = make_llm("v1.1")
+    expected = common.fingerprint(llm)
+    assert common.fingerprint(copy.deepcopy(llm).to(torch.bfloat16)) == expected
+    lora.inject_lora(llm, ["q", "wo"], 2, 2)
+    assert common.fingerprint(llm) == expected
+    with torch.no_grad():
+        llm.get_decoder().block[1].layer[2].layer_norm.weight *= 2
+    assert common.fingerprint(llm) != expected
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path):
+    """load_llm names what it could not load."""
+    with pytest.raises(common.UserError, match="cannot load a T5-family model"):
+        common.load_llm(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------- teachers
+
+def teach(folder, llm, group, units, *flags):
+    """train_teachers for this group of units -> their weights as load_teachers reads them."""
+    options = train_teacher.parser().parse_args(["--steps=3", "--lr=0.001", "--tasks=1", "--instances=2", "--rank=2", "--alpha=4",
+                                                 "--device=cpu", "--max-output=8", *flags])
+    llm.requires_grad_(False)
+    lora.inject_lora(llm, ["q", "v"], options.rank, options.alpha)
+    train_teacher.train_teachers(str(folder), options, llm, make_tokenizer(), group, units, "print", mock.Mock(asked=0), 0)
+    return common.load_teachers(str(folder), group, llm, "print", options, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_teachers_leaves_the_base_untouched(kind, tasks, tmp_path):
+    """Every weight of the LLM is bit-identical afterwards, no gradient and no teacher is left on it; the teachers moved."""
+    llm = make_llm(kind)
+    before = {name: p.clone() for name, p in llm.state_dict().items()}
+    weights = teach(tmp_path, llm, ["one", "two"], {"one": [tasks[0], tasks[2]], "two": [tasks[1]]})
+    assert all(w.lora_A is None and w.original is None for w in lora.sites(llm).values())
+    assert all(p.grad is None for p in llm.parameters())
+    lora.remove_lora(llm)
+    after = llm.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert all((B[0] - B[1]).abs().max() > 1e-4 and B.abs().amax((1, 2)).min() > 1e-4 for _, B in weights.values())
+
+
+@pytest.mark.parametrize("demos", ["0", "2"])
+def test_a_teacher_in_a_group_is_the_teacher_trained_alone(demos, tasks, tmp_path):
+    """Side by side or alone: the same examples, the same gradient, the same weights."""
+    units = {t.name: [t] for t in tasks}
+    group = teach(tmp_path / "group", make_llm("v1.1"), sorted(units), units, f"--demos={demos}")
+    for n, unit in enumerate(sorted(units)):
+        alone = teach(tmp_path / unit, make_llm("v1.1"), [unit], units, f"--demos={demos}")
+        for site, pair in alone.items():
+            for a, b in zip(pair, group[site]):
+                torch.testing.assert_close(a[0], b[n], rtol=0, atol=1e-5)
+
+
+def test_a_missing_teacher_or_one_of_another_llm_or_rank_is_one_line(tasks, tmp_path):
+    """load_teachers names the folder and the command, or what does not fit."""
+    llm, units = make_llm("v1.1"), {"one": [tasks[0]]}
+    teach(tmp_path, llm, ["one"], units)
+    options = train_teacher.parser().parse_args(["--rank=2"])
+    with pytest.raises(common.UserError, match="two.*no LoRA teacher for two; first run COMMAND"):
+        common.load_teachers(str(tmp_path), ["one", "two"], llm, "print", options, "COMMAND")
+    with pytest.raises(common.UserError, match="another LLM"):
+        common.load_teachers(str(tmp_path), ["one"], llm, "other print", options, "")
+    options.rank = 3
+    with pytest.raises(common.UserError, match="does not fit"):
+        common.load_teachers(str(tmp_path), ["one"], llm, "print", options, "")
+
+
+# -------------------------------------------------------------------------------------------------------------- texts
+
+def test_prompt_is_the_official_encoding():
+    """Character by character as Tk-Instruct's ni_collator writes definition, two positive examples and instance."""
+    assert data.prompt_text("Say it. Loudly", [("a?", "b"), ("c ", "d!")], " e\n") == (
+        "Definition: Say it. Loudly.\n\n"
+        " Positive Example 1 -\nInput: a?\n Output: b.\n\n"
+        " Positive Example 2 -\nInput: c.\n Output: d!\n\n"
+        "Now complete the following example -\nInput: e.\nOutput: ")
+    assert data.prompt_text("", [], "e") == data.instance_text("e") == "Input: e.\nOutput: "
+    assert data.instruction_text("Say it", [("a", "b")]) == (
+        "Definition: Say it.\n\n Positive Example 1 -\nInput: a.\n Output: b.\n\n")
+    assert data.instruction_text("", []) == ""
+
+
+@pytest.mark.parametrize("instance", [(), ("cat",)], ids=["instruction", "prompt"])
+def test_a_demonstration_that_does_not_fit_is_left_out_whole(instance):
+    """One token too few drops the last demonstration, with what comes after it, and cuts nothing."""
+    tokenizer = make_tokenizer()
+    demos = [("a", "b"), ("c c c c", "d"), ("e", "f")]
+
+    def ids(n):
+        text = data.prompt_text("upper", demos[:n], *instance) if instance else data.instruction_text("upper", demos[:n])
+        return tokenizer(text)["input_ids"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                  # nothing is cut
+        for n in (3, 2, 1, 0):
+            for limit in (len(ids(n)), len(ids(n + 1)) - 1) if n < 3 else (len(ids(3)),):
+                rows, mask = data.tokenize_instructed(tokenizer, [("upper", demos, *instance)], limit)
+                assert rows[0].tolist() == ids(n) and mask.all()
+    data._warned.clear()
+    with pytest.warns(UserWarning, match="cut to the limit of 3"):
+        rows, _ = data.tokenize_instructed(tokenizer, [("upper", demos, *instance)], 3)
+    assert rows[0].tolist() == ids(0)[:2] + [1]
+
+
+def test_texts_are_padded_right_and_labels_ignore_padding():
+    """Ids with mask, labels with IGNORE; a text over the limit is cut before its end token with one warning a limit."""
+    tokenizer = make_tokenizer()
+    ids, mask = data.tokenize(tokenizer, ["cat", "cat dog red"], 9)
+    assert ids.tolist() == [[54, 1, 0, 0], [54, 55, 56, 1]] and mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert data.labels(tokenizer, ["cat", "cat dog red"], 9).tolist() == [[54, 1, -100, -100], [54, 55, 56, 1]]
+    data._warned.clear()
+    with pytest.warns(UserWarning, match="a text of 4 tokens was cut to the limit of 3"):
+        assert data.tokenize(tokenizer, ["cat", "cat dog red"], 3)[0].tolist() == [[54, 1, 0], [54, 55, 1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.tokenize(tokenizer, ["cat dog red"], 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+def test_draws_are_a_pure_function_of_their_key(tasks):
+    """The same (seed, step, micro-batch) draws the same, another one something else; pairs are the task's own."""
+    def draw(*key, n=2, instances=3, demos="mixed"):
+        return data.draw_tasks(tasks, data.generator(*key), n, instances, demos)
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({str(draw(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1)]}) == 5
+    for step in range(20):
+        for d in draw(0, step, 0):
+            assert d.definition in d.task.definitions and len(set(d.pairs)) > 1
+            assert set(d.pairs) <= {(i.input, i.outputs[0]) for i in d.task.instances}
+    assert len({d.task.name for d in draw(0, 0, 0, n=3, demos="0")}) == 3                 # without replacement while it lasts
+    assert len(draw(0, 0, 0, n=5, demos="2")) == 5 and len(draw(0, 0, 0, instances=9)[0].pairs) == 9
+    counts = [{len(d.demonstrations) for d in draw(0, s, 0)} for s in range(100)]
+    assert all(len(c) == 1 for c in counts) and 20 < sum(c == {2} for c in counts) < 80
+
+
+@pytest.mark.parametrize("length, parts, limit", [(3, 3, 50), (10, 3, 50), (40, 3, 12), (40, 2, 40), (5, 2, 2)])
+def test_document_is_cut_into_pieces_that_join_to_a_window(length, parts, limit):
+    """No piece is empty, nothing is lost or repeated, every window can come, and cuts vary."""
+    ids, seen = list(range(length)), set()
+    for step in range(60):
+        pieces = data.cut_document(ids, parts, limit, data.generator(0, step))
+        window = [i for piece in pieces for i in piece]
+        assert len(pieces) == parts and all(pieces) and len(window) == min(length, limit)
+        assert window == ids[window[0]:window[0] + len(window)]
+        seen.add(tuple(map(len, pieces)))
+    assert len(seen) > 1 or min(length, limit) == parts
+
+
+def test_document_is_split_behind_a_sentence():
+    """Two pieces, none empty, that join to the first tokens; every inner sentence end can be the place, else the middle."""
+    def split(ids, limit):
+        return {tuple(map(tuple, data.split_document(ids, {9}, limit, data.generator(0, s)))) for s in range(30)}
+
+    assert split([1, 9, 2, 9, 3, 9], 50) == {((1, 9), (2, 9, 3, 9)), ((1, 9, 2, 9), (3, 9))}
+    assert split([1, 9, 2, 9, 3, 9], 4) == {((1, 9), (2, 9))}
+    assert split([1, 2, 3, 9], 50) == {((1, 2), (3, 9))}
+
+
+def test_unit_of_names_category_task_or_all(tasks):
+    """What a LoRA teacher is for."""
+    assert [data.unit_of(tasks[1], unit) for unit in ("category", "task", "all")] == ["two", "task1", "all"]
+
+
+# -------------------------------------------------------------------------------------------------------- SNI's layout
+
+@pytest.fixture
+def sni(tmp_path):
+    """write(record) puts one task into a folder in SNI's layout and returns the folder."""
+    (tmp_path / "tasks").mkdir(), (tmp_path / "splits/default").mkdir(parents=True)
+    (tmp_path / "splits/default/test_tasks.txt").write_text("task1\n")
+
+    def write(record):
+        (tmp_path / "tasks/task1.json").write_text(record if isinstance(record, str) else json.dumps(record))
+        return str(tmp_path)
+    return write
+
+
+GOOD = {"Definition": [" Say it. ", "Tell"], "Categories": ["Saying"],
+        "Positive Examples": [{"input": "p", "output": "q", "explanation": ""}],
+        "Instances": [{"id": f"x{n}", "input": f"in{n}", "output": [f"out{n}", "alt"]} for n in range(5)]}
+
+
+def test_load_sni_reads_the_official_layout(sni):
+    """Definitions, category, demonstrations and the instances skip : skip + max, with all their references."""
+    task, = data.load_sni(sni(GOOD), "test", 2, skip=1)
+    assert task == data.Task("task1", "Saying", ["Say it.", "Tell"], [("p", "q")],
+                             [data.Instance("x1", "in1", ["out1", "alt"]), data.Instance("x2", "in2", ["out2", "alt"])])
+    assert [len(data.load_sni(sni(GOOD), "test", n)[0].instances) for n in (None, 100, 3)] == [5, 5, 3]
+    task, = data.load_sni(sni(GOOD | {"Definition": "Say it.", "Instances": [{"input": "a", "output": "b"}]}))
+    assert task.definitions == ["Say it."] and task.instances[0].outputs == ["b"]
+
+
+@pytest.mark.parametrize("record, message", [
+    ('{"Definition":\n oops', "line 2"), (GOOD | {"Definition": []}, "no Definition"),
+    (GOOD | {"Definition": ["  "]}, "no Definition"),
+    (GOOD | {"Instances": [{"input": "a", "output": ["b"]}, {"input": "a", "output": []}]}, "instance 1 has no"),
+    (GOOD | {"Instances": [{"output": ["b"]}]}, "instance 0 has no")])
+def test_broken_task_files_are_one_line_that_names_the_file(sni, record, message):
+    """What is wrong, and where."""
+    with pytest.raises(common.UserError, match=f"task1.json.*{message}"):
+        data.load_sni(sni(record))
+
+
+def test_missing_folders_splits_and_files_are_one_line(sni, tmp_path):
+    """Each names the path that is missing."""
+    root = sni(GOOD)
+    with pytest.raises(common.UserError, match="nowhere.*no such file"):
+        data.load_sni(f"{root}/nowhere")
+    with pytest.raises(common.UserError, match="train_tasks.txt"):
+        data.load_sni(root, "train")
+    (tmp_path / "splits/default/test_tasks.txt").write_text("task1\ntask2\n")
+    with pytest.raises(common.UserError, match="task2.json"):
+        data.load_sni(root)
+    (tmp_path / "splits/default/test_tasks.txt").write_text("\n")
+    with pytest.raises(common.UserError, match="is empty"):
+        data.load_sni(root)
+
+
+def test_documents_are_lines_of_text_or_of_json(tmp_path):
+    """Both forms give the same token ids, without end tokens; short lines are left out; a bad line is named."""
+    lines = ["cat dog red", "", "cat", "blue dog cat dog"]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines if line))
+    text, records = (data.read_documents(str(tmp_path / f), make_tokenizer(), 50) for f in ("a.txt", "a.jsonl"))
+    assert text == records and list(map(len, text)) == [3, 4]
+    (tmp_path / "a.jsonl").write_text('{"text": "cat"}\n{"txt": "cat"}')
+    with pytest.raises(common.UserError, match="a.jsonl, line 2"):
+        data.read_documents(str(tmp_path / "a.jsonl"), make_tokenizer(), 50)
+    (tmp_path / "a.txt").write_text("cat\n")
+    with pytest.raises(common.UserError, match="no document"):
+        data.read_documents(str(tmp_path / "a.txt"), make_tokenizer(), 50)
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+def test_rouge_l_is_googles_without_stemming():
+    """F-measure, maximum over references, on random strings with punctuation, case, digits and other alphabets."""
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    rng = random.Random(0)
+    words = "the The cat cats, a-b x_y 3.5 don't été 中文 . ! running I'M".split() + [""]
+    for _ in range(300):
+        prediction, *references = (" ".join(rng.choices(words, k=rng.randrange(9))) for _ in range(3))
+        expected = max(scorer.score(r, prediction)["rougeL"].fmeasure for r in references)
+        assert evaluate.rouge_l(prediction, references) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rouge_l_and_exact_match_golden_values():
+    """Worked by hand: common subsequence of 2 in 3 and 4 words; white space folded, case kept."""
+    assert evaluate.rouge_l("a b c", ["a x b y"]) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert evaluate.rouge_l("", ["a"]) == evaluate.rouge_l("a", [""]) == evaluate.rouge_l("a", ["b"]) == 0
+    assert evaluate.rouge_l("B a", ["z", "b A."]) == 1
+    assert evaluate.exact_match(" a  b\n", ["x", "a b"]) == 1 and evaluate.exact_match("A b", ["a b"]) == 0
+    assert evaluate.exact_match("a", ["a b"]) == 0
+
+
+def test_score_means_over_instances_and_by_category(tasks):
+    """Exact match x 100 of a row whose first task is all right, by hand."""
+    predictions = [x.outputs[0] if t is tasks[0] else "wrong" for t in tasks for x in t.instances]
+    result = evaluate.score("row", 0, tasks, predictions)
+    assert result["exact_match"] == pytest.approx(100 / 3) and result["by_category"] == {"one": 50.0, "two": 0.0}
+    assert (result["tasks"], result["instances"]) == (3, 12)
+
+
+def test_bootstrap_interval_is_over_tasks():
+    """Certain where tasks agree, however much instances differ; else about 1.96 standard errors of the tasks' mean."""
+    owner = np.repeat(np.arange(50), 4)
+    within = np.tile([0.0, 100.0, 0.0, 100.0], 50)
+    assert report.bootstrap_interval(within, owner) == [50.0, 50.0]
+    between = np.repeat(np.random.default_rng(0).normal(50, 10, 50), 4)
+    low, high = report.bootstrap_interval(between, owner)
+    error = between[::4].std() / 50 ** 0.5
+    assert low < between.mean() < high and high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert report.bootstrap_interval(between, owner) == [low, high]
+    uneven = np.array([1.0] * 9 + [0.0])                               # two tasks: only 9 of 9, 9 of 10, 0 of 1 can be drawn
+    assert report.bootstrap_interval(uneven, np.array([0] * 9 + [1])) == [0.0, 1.0]
+
+
+def test_shuffled_gives_no_task_its_own_instruction(tasks):
+    """Always the same cycle through all tasks."""
+    others = evaluate.shuffled(tasks)
+    assert all(a is not b for a, b in zip(tasks, others)) and {t.name for t in others} == {t.name for t in tasks}
+    assert others == evaluate.shuffled(tasks)

@@ -17,7 +17,7 @@ import time
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 SECTIONS = ("base", "meta", "lora", "pretrain", "finetune", "evaluate")    # what a config file may hold beside options
@@ -45,8 +45,8 @@ def command(main):
 # ---------------------------------------------------------------------------------------------------------- options
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, **kwargs, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
@@ -110,6 +110,10 @@ def parse(parser: Parser, section: str, argv=None) -> argparse.Namespace:
     The file's values become words of the command line, so they pass through the same types and choices.
     """
     known = parser.known()
+    words = sys.argv[1:] if argv is None else argv
+    if "-h" in words or "--help" in words:
+        parser.print_help()
+        sys.exit(0)
     early, _ = _quiet(parser).parse_known_args(argv)
     config = read_yaml(early.config)
     top = {k: v for k, v in config.items() if k not in SECTIONS}
@@ -141,7 +145,7 @@ def parse(parser: Parser, section: str, argv=None) -> argparse.Namespace:
 
 
 def _quiet(parser):
-    early = Parser("")
+    early = Parser("", add_help=False)
     early.add_argument("--config", default=parser.get_default("config"))
     return early
 
@@ -230,11 +234,13 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
+        raise UserError(f"{os.path.normpath(path)}: no such folder with a T5-family checkpoint")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         llm = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load a T5-family model from {path}: {' '.join(str(error).split())[:200]}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no end token; use a T5-family tokenizer")
@@ -305,10 +311,24 @@ def is_finished(folder: str) -> bool:
     return os.path.isfile(path) and bool(read_yaml(path).get("finished"))
 
 
-def load_options(folder: str) -> argparse.Namespace:
+def make_folder(folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{folder}/.write.tmp", "w"):
+            pass
+        os.remove(f"{folder}/.write.tmp")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; choose another with --runs") from None
+
+
+def load_options(folder: str, needs=()) -> argparse.Namespace:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such checkpoint folder")
-    return argparse.Namespace(**read_yaml(f"{folder}/config.yaml"))
+    values = read_yaml(f"{folder}/config.yaml") if os.path.isfile(f"{folder}/config.yaml") else {}
+    for key in needs:
+        if key not in values:
+            raise UserError(f"{folder}/config.yaml is missing, damaged or of another kind of run: it has no {key}; train it again with --fresh")
+    return argparse.Namespace(**values)
 
 
 def load_weights(parameters: dict, folder: str, strict: bool = True) -> int:
@@ -316,7 +336,10 @@ def load_weights(parameters: dict, folder: str, strict: bool = True) -> int:
     path = f"{folder}/model.safetensors"
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; train this stage first")
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); train this stage again with --fresh, or restore the file") from None
     for name in sorted(saved.keys() | parameters.keys() if strict else parameters.keys()):
         have, want = (tuple(d[name].shape) if name in d else "absent" for d in (saved, parameters))
         if have != want:
@@ -331,7 +354,11 @@ def load_weights(parameters: dict, folder: str, strict: bool = True) -> int:
 
 def load_shared_weights(parameters: dict, folder: str) -> None:
     """Fill those of `parameters` that model.safetensors holds too."""
-    saved = load_file(f"{folder}/model.safetensors")
+    path = f"{folder}/model.safetensors"
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged; train it again with --fresh") from None
     load_weights({name: p for name, p in parameters.items() if name in saved}, folder, strict=False)
 
 
@@ -344,7 +371,12 @@ def resume(folder: str, options, parameters: dict, optimizer) -> int:
     if options.fresh or not os.path.isfile(f"{folder}/config.yaml"):
         return 0
     step = load_weights(parameters, folder)
-    state = torch.load(f"{folder}/optimizer.pt", weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(f"{folder}/optimizer.pt", weights_only=True, map_location="cpu")
+    except Exception:
+        raise UserError(f"{folder}/optimizer.pt is missing or damaged; start over with --fresh") from None
+    if getattr(options, "llm_fingerprint", None) != vars(load_options(folder)).get("llm_fingerprint"):
+        raise UserError(f"{folder} was begun on another LLM than the one in {os.path.normpath(os.path.join(folder, options.llm_path))} now; start over with --fresh")
     if state["step"] != step:
         raise UserError(f"{folder} was cut off while it was being written; start over with --fresh")
     optimizer.load_state_dict(state["optimizer"])
@@ -431,6 +463,7 @@ class Log:
     """A progress bar and log.jsonl of one stage, on rank 0 only."""
     def __init__(self, folder: str, options, start: int, rank: int):
         from tqdm import tqdm
+        self.shared = dist.is_initialized() and os.path.basename(folder) != "lora"
         self.rank, self.every, self.steps, self.t = rank, options.log_every, options.steps, time.time()
         self.bar = tqdm(total=options.steps, initial=start, desc=os.path.basename(folder), disable=rank > 0,
                         mininterval=2, dynamic_ncols=True, file=sys.stdout)
@@ -441,8 +474,11 @@ class Log:
     def __call__(self, step: int, lr: float, terms: dict) -> None:
         """terms: detached tensors of this step; read (and so synchronised) only every log_every steps."""
         self.bar.update(1)
-        if self.rank == 0 and (step % self.every == 0 or step == self.steps):
-            values = {k: round(float(v), 5) for k, v in terms.items()}
+        if step % self.every and step != self.steps:
+            return
+        values = sum_over_ranks([float(v) for v in terms.values()], "cpu") if self.shared else list(terms.values())
+        if self.rank == 0:
+            values = {k: float(f"{v:.5g}") for k, v in zip(terms, values)}
             self.bar.set_postfix(values)
             self.file.write(json.dumps({"step": step, "lr": lr, **values, "seconds": round(time.time() - self.t, 2)}) + "\n")
 

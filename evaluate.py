@@ -77,16 +77,22 @@ def exact_match(prediction: str, references: list[str]) -> float:
 
 # ------------------------------------------------------------------------------------------------------ predictions
 
+def checkpoint_of(options):
+    folder = options.checkpoint or os.path.join(options.runs, "finetune")
+    if not os.path.isdir(folder):
+        raise common.UserError(f"{folder}: no such checkpoint; first run python train_hyper.py --stage finetune"
+                               f"{common.config_flag(options)}")
+    return folder
+
+
 class Bench:
     """The models under test and the tasks they are tested on."""
 
     def __init__(self, options):
         self.options = options
-        checkpoint = options.checkpoint or os.path.join(options.runs, "finetune")
-        if not os.path.isdir(checkpoint):
-            raise common.UserError(f"{checkpoint}: no such checkpoint; first run python train_hyper.py --stage finetune"
-                                   f"{common.config_flag(options)}")
+        checkpoint = checkpoint_of(options)
         self.tagi = TAGI.load(checkpoint, options.device, options.precision)
+        self.tagi.requires_grad_(False)
         self.tokenizer = self.tagi.tokenizer
         self.tasks = data.load_sni(options.data, options.split, 100)
 
@@ -127,7 +133,8 @@ class Bench:
         o = self.tagi.options
         units = [data.unit_of(t, unit or o.unit) for t in tasks]
         weights = common.load_teachers(os.path.join(self.options.runs, name), sorted(set(units)), self.tagi.llm,
-                                       o.llm_fingerprint, o, "python train_teacher.py --stage lora")
+                                       o.llm_fingerprint, o,
+                                       f"python train_teacher.py --stage lora{common.config_flag(self.options)}")
         rows = [sorted(set(units)).index(unit) for unit, t in zip(units, tasks) for _ in t.instances]
         return self.ask(self.prompts(tasks, demos), lora.select(weights, torch.tensor(rows)))
 
@@ -169,7 +176,7 @@ def predict_rows(bench, tagi_only):
         trained = data.load_sni(options.data, "train", 10, skip=options.max_instances)
         yield "LoRA teachers, held-out instances of training tasks", demos, trained, bench.teachers(trained, demos)
         yield "copy the input", demos, tasks, [x.input for t in tasks for x in t.instances]
-        yield "copy the first demonstration's output", demos, tasks, [t.demonstrations[0][1] for t in tasks for _ in t.instances]
+        yield "copy the first demonstration's output", demos, tasks, [t.demonstrations[0][1] if t.demonstrations else "" for t in tasks for _ in t.instances]
 
 
 # ------------------------------------------------------------------------------------------------------------- cost
@@ -231,7 +238,11 @@ def run(options):
     """Every row at Def and Def + 2 Pos -> the list of result dictionaries, also written to --out."""
     bench = Bench(options)
     out = options.out or os.path.join(options.runs, "evaluate")
-    os.makedirs(out, exist_ok=True)
+    common.make_folder(out)
+    if not options.tagi_only:                                               # what a later row needs, before the slow part
+        trained = data.load_sni(options.data, "train", 1)
+        common.load_teachers(os.path.join(options.runs, "lora"), sorted({data.unit_of(t, bench.tagi.options.unit) for t in trained}), bench.tagi.llm,
+                             bench.tagi.options.llm_fingerprint, bench.tagi.options, f"python train_teacher.py --stage lora{common.config_flag(options)}")
     results = []
     with open(f"{out}/predictions.jsonl", "w") as f:
         for row, demos, tasks, predictions in predict_rows(bench, options.tagi_only):
@@ -251,7 +262,7 @@ def run(options):
 
 def answer(options):
     """One instruction, some inputs: what a user does with a trained model."""
-    checkpoint = options.checkpoint or os.path.join(options.runs, "finetune")
+    checkpoint = checkpoint_of(options)
     if not options.instruction.strip() or not options.input:
         raise common.UserError("--instruction needs some text, and at least one --input")
     tagi = TAGI.load(checkpoint, options.device, options.precision)
@@ -262,6 +273,10 @@ def answer(options):
 @common.command
 def main(argv=None):
     options = common.parse(parser(), "evaluate", argv)
+    if options.input and options.instruction is None:
+        raise common.UserError("--input needs an --instruction to answer it by")
+    if options.tagi_only and options.floor_margin is not None:
+        raise common.UserError("--floor-margin is over the shuffled instruction's row, which --tagi-only leaves out; drop one of them")
     if options.instruction is not None:
         return answer(options)
     if options.ablations:

@@ -338,7 +338,7 @@ class TAGI(nn.Module):
         The frozen LLM is found by the name or (relative) path in config.yaml. Raises UserError where a file is missing
         or the weights are of another model, rank or set of layers.
         """
-        options = common.load_options(folder)
+        options = common.load_options(folder, needs=("llm_path", "llm_is_relative", "llm_fingerprint", "rank"))
         llm_path = options.llm_path if not options.llm_is_relative else os.path.join(folder, options.llm_path)
         llm, tokenizer = common.load_llm(llm_path, device, precision, options.attention)
         common.check_fingerprint(llm, options.llm_fingerprint, folder, llm_path)

@@ -131,7 +131,7 @@ def merge(model: nn.Module, weights: Weights) -> None:
         if A.dim() != 2:
             raise ValueError("only one task's weights can be merged; select one first")
         wrapper.original = wrapper.weight.detach().clone()
-        wrapper.weight += (wrapper.scaling * (B.float() @ A.float())).to(wrapper.weight.dtype)
+        wrapper.weight.add_((wrapper.scaling * (B.float() @ A.float())).to(wrapper.weight.dtype))
     set_weights(model, None)
 
 

@@ -138,7 +138,7 @@ def main(argv=None):
     options = common.parse(parser(), stage, argv)
     options.encoder_fusion &= options.fusion
     options.decoder_fusion &= options.fusion
-    if not (options.hypernetwork or options.fusion):
+    if not (options.hypernetwork or options.encoder_fusion or options.decoder_fusion):
         raise common.UserError("--no-hypernetwork with --no-fusion leaves nothing to train; drop one of them")
     if stage == "finetune" and not (options.lambda_ce or options.lambda_kl):
         raise common.UserError("--lambda-ce 0 with --lambda-kl 0 leaves no loss on the labels; drop one of them")
@@ -191,7 +191,7 @@ def train(options, rank, world):
             teacher_logits = None
             if lambda_kl:                                                   # the teacher reads a and b (Eq. 5)
                 with torch.no_grad():
-                    teacher_logits = run_teacher(tagi, teacher_llm, teachers, batch)            # (N, C, V)
+                    teacher_logits = run_teacher(tagi, teacher_llm, teachers, batch, options.kl_teacher == "lora")            # (N, C, V)
             ids, mask = batch["instruction"]
             first, last = tagi.encode_instruction(ids, mask)                                    # (K, S, D)
             adapter = tagi.generate_adapter(first, last, mask)                                  # once per task
@@ -216,7 +216,7 @@ def train(options, rank, world):
             nn.utils.clip_grad_norm_(parameters.values(), options.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log(step + 1, lr, {name: value * world for name, value in terms.items()})
+        log(step + 1, lr, terms)
         finished = step + 1 == options.steps
         if rank == 0 and (finished or stopping or (step + 1) % options.save_every == 0):
             common.save_checkpoint(folder, options, parameters, optimizer, step + 1, finished)
@@ -225,14 +225,14 @@ def train(options, rank, world):
     log.close()
 
 
-def run_teacher(tagi, teacher_llm, teachers, batch):
+def run_teacher(tagi, teacher_llm, teachers, batch, use_lora):
     """Logits at the target positions of the model that reads instruction and input, (N, C, V)."""
     ids, mask = batch["prompt"]
     if teacher_llm is not None:
         with tagi.autocast():
             return teacher_llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
     with tagi.adapted(None) as llm:                                                 # the same LLM, none of the student's parts
-        if teachers is not None:
+        if use_lora:
             lora.set_weights(llm, lora.select(teachers, batch["unit"][batch["index"]]))
         return llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
 
@@ -259,7 +259,7 @@ def start_from_pretrained(options, parameters):
                                f"{common.config_flag(options)}, or start without it: --no-pretrained")
     old = common.load_options(folder)
     for key in ("llm_fingerprint", "rank", "targets", "generator", "width", "bottleneck"):
-        if options.hypernetwork and getattr(old, key) != getattr(options, key):
+        if (options.hypernetwork or key == "llm_fingerprint") and getattr(old, key) != getattr(options, key):
             raise common.UserError(f"{folder} was trained with {key} {getattr(old, key)}, not {getattr(options, key)}; train "
                                    "it again with --fresh, or start without it: --no-pretrained")
     common.load_shared_weights(parameters, folder)

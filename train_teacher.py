@@ -102,7 +102,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
             nn.utils.clip_grad_norm_(parameters.values(), options.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log(step + 1, lr, {"loss": total * world})
+        log(step + 1, lr, {"loss": total})
         finished = step + 1 == options.steps
         if rank == 0 and (finished or stopping or (step + 1) % options.save_every == 0):
             save_llm(folder, options, llm, tokenizer, optimizer=optimizer, step=step + 1, finished=finished)
@@ -175,11 +175,13 @@ def train_lora(options, rank, world):
     units = {}
     for task in data.load_sni(options.data, "train", options.max_instances):
         units.setdefault(data.unit_of(task, options.unit), []).append(task)
-    todo = [unit for unit in sorted(units) if not common.is_finished(os.path.join(folder, common.slug(unit)))]
-    groups = [todo[i:i + options.teachers_at_once] for i in range(0, len(todo), options.teachers_at_once)]
+    names = sorted(units)
+    groups = [names[i:i + options.teachers_at_once] for i in range(0, len(names), options.teachers_at_once)]
     stop = common.StopSignal()
     for group in groups[rank::world]:                                       # ranks share out the groups, no traffic
-        train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, stop, rank)
+        group = [unit for unit in group if not common.is_finished(os.path.join(folder, common.slug(unit)))]
+        if group:
+            train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, stop, rank)
     common.wait_for_all_ranks()
     if rank == 0:
         common.save_checkpoint(folder, options, {}, step=options.steps, finished=True)
@@ -220,7 +222,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, s
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log(step + 1, lr, {"loss": loss.detach() / len(group)})
-        if stop.asked:
+        if stop.asked and step + 1 < options.steps:
             common.leave(folder, step + 1, log)
     lora.set_weights(llm, None)
     log.close()

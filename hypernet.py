@@ -59,6 +59,8 @@ class Generator(nn.Module):
         self.site_shapes = dict(sites)
         self.site_embedding = nn.Parameter(torch.empty(len(sites), width))                  # idx, or the query
         if pooling == "attention":
+            if width % heads:
+                raise common.UserError(f"--width {width} is not a multiple of the generator's {heads} attention heads")
             self.memory = nn.Linear(2 * d_model, width)
             self.memory_norm = nn.LayerNorm(width)
             self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
@@ -338,10 +340,12 @@ class TAGI(nn.Module):
         The frozen LLM is found by the name or (relative) path in config.yaml. Raises UserError where a file is missing
         or the weights are of another model, rank or set of layers.
         """
-        options = common.load_options(folder, needs=("llm_path", "llm_is_relative", "llm_fingerprint", "rank"))
-        llm_path = options.llm_path if not options.llm_is_relative else os.path.join(folder, options.llm_path)
-        llm, tokenizer = common.load_llm(llm_path, device, precision, options.attention)
-        common.check_fingerprint(llm, options.llm_fingerprint, folder, llm_path)
+        options = common.load_options(folder, needs="llm_path")
+        path = options.llm_path if not options.llm_is_relative else os.path.normpath(os.path.join(folder, options.llm_path))
+        llm, tokenizer = common.load_llm(path, device, precision, options.attention)
+        common.check_fingerprint(common.fingerprint(llm), options.llm_fingerprint, folder, path)
         tagi = cls(llm, tokenizer, options)
-        common.load_weights(tagi.trainable(), folder)
+        trained = common.load_weights(tagi.trainable(), folder)
+        if trained.get("targets", options.targets) != options.targets:      # q,v and q,k may be of the same shapes
+            raise common.UserError(f"{folder} was trained with targets {trained['targets']}, not {options.targets}")
         return tagi

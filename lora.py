@@ -10,6 +10,8 @@ a teacher's weights are parameters, a student's are the output of the hypernetwo
 import torch
 import torch.nn as nn
 
+from common import UserError
+
 # What this module calls `weights` everywhere: {site: (lora_A, lora_B)}, a site being the wrapped layer's module name.
 # lora_A is (r, D_in), or (N, r, D_in) where every example has its own; lora_B is (D_out, r), or (N, D_out, r).
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -45,7 +47,7 @@ def inject_lora(model: nn.Module, targets, r: int, alpha: float) -> dict[str, Lo
 
     The update is scaled by alpha / r. Layers are found by walking the modules, so T5 v1.0, v1.1, mT5 and their kin
     need no paths of their own; a model already wrapped is wrapped anew around the same linear layers.
-    Returns {site: wrapper} in module order. Raises ValueError where r < 1 or a target matches no linear layer.
+    Returns {site: wrapper} in module order. Raises ValueError where r < 1, UserError (a ValueError) where a target matches no linear layer.
     """
     if r < 1:
         raise ValueError(f"LoRA rank must be at least 1, not {r}")
@@ -54,8 +56,8 @@ def inject_lora(model: nn.Module, targets, r: int, alpha: float) -> dict[str, Lo
              if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)}
     missing = set(targets) - {name.rpartition(".")[2] for name in found}
     if missing:
-        raise ValueError(f"no linear layer is called {', '.join(sorted(missing))} in {type(model).__name__}; "
-                         "T5 has q, k, v, o, wi, wi_0, wi_1, wo")
+        raise UserError(f"--targets: no linear layer is called {', '.join(sorted(missing))} in {type(model).__name__}; "
+                        "T5 has q, k, v, o, wi, wi_0, wi_1, wo")
     return {name: _replace(model, name, LoRALinear(linear, alpha / r)) for name, linear in found.items()}
 
 

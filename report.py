@@ -74,10 +74,9 @@ def ablations(options) -> None:
         folder = f"{options.runs}-seed{seed}"
         if not os.path.isdir(f"{options.data}-seed{seed}"):
             python("sample.py", f"--out={options.data}-seed{seed}", f"--seed={seed}")
-        text = f"--text={options.data}-seed{seed}/corpus.txt"
-        python("train_teacher.py", *shared, text)
+        python("train_teacher.py", *shared)
         python("train_teacher.py", *shared, "--stage=lora", "--unit=all", "--name=lora-all", "--tasks=48", "--steps=400")
-        python("train_hyper.py", "--stage=pretrain", *shared, text)
+        python("train_hyper.py", "--stage=pretrain", *shared)
         for row, flags in ABLATIONS.items():
             name = "finetune" if not flags else "finetune" + "".join(flags).replace("--", "-").replace("=", "-")
             python("train_hyper.py", "--stage=finetune", *shared, f"--name={name}", *flags)

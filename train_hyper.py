@@ -13,7 +13,6 @@ Launch:
 Table 4's ablations are one flag each: --no-pretrained, --no-fusion, --lambda-ce 0, --lambda-kl 0, --lambda-ins 0,
 --no-hypernetwork.
 """
-import argparse
 import os
 import sys
 
@@ -22,42 +21,44 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import config
 import data
 import lora
 from hypernet import TAGI
+from train_teacher import load_teachers
 
 
 def parser():
-    p = common.Parser(__doc__)
-    common.add_shared_options(p)
-    flag = {"action": argparse.BooleanOptionalAction}
+    p = config.Parser(__doc__)
+    config.add_shared_options(p)
     g = p.add_argument_group("stage")
-    g.add_argument("--stage", required=True, choices=["pretrain", "finetune"])
+    g.add_argument("--stage", choices=["pretrain", "finetune"])
     g.add_argument("--name", help="folder under --runs; default: the stage's name")
-    common.add_training_options(p, steps=20_000)
+    config.add_training_options(p, steps=20_000)
     g = p.add_argument_group("student")
-    g.add_argument("--hypernetwork", default=True, help="generate LoRA weights; without: fusion alone", **flag)
+    g.add_argument("--hypernetwork", default=True, help="generate LoRA weights; without: fusion alone", **config.flag)
     g.add_argument("--generator", default="attention", choices=["attention", "mean"],
                    help="how the instruction's states become a vector: attention per site, or the released code's mean")
-    g.add_argument("--width", type=int, default=128, help="generator width")
-    g.add_argument("--bottleneck", type=int, default=128, help="hidden width of the generator's MLPs")
-    g.add_argument("--fusion", default=True, help="--no-fusion switches off both parts of Eq. 1", **flag)
-    g.add_argument("--encoder-fusion", default=True, help="part 1: cross-attention in every encoder block", **flag)
-    g.add_argument("--decoder-fusion", default=True, help="part 2: the decoder sees (I_x ; encoder output)", **flag)
-    g.add_argument("--train-norms", default=False, help="the student's own layer norm gains", **flag)
-    g.add_argument("--train-embeddings", default=False, help="the student's own change to the embeddings", **flag)
+    g.add_argument("--width", type=config.positive, default=128, help="generator width")
+    g.add_argument("--bottleneck", type=config.positive, default=128, help="hidden width of the generator's MLPs")
+    g.add_argument("--fusion", default=True, help="--no-fusion switches off both parts of Eq. 1", **config.flag)
+    g.add_argument("--encoder-fusion", default=True, help="part 1: cross-attention in every encoder block", **config.flag)
+    g.add_argument("--decoder-fusion", default=True, help="part 2: the decoder sees (I_x ; encoder output)", **config.flag)
+    g.add_argument("--train-norms", default=False, help="the student's own layer norm gains", **config.flag)
+    g.add_argument("--train-embeddings", default=False, help="the student's own change to the embeddings", **config.flag)
     g = p.add_argument_group("pretrain")
-    g.add_argument("--text", default="data/sample/corpus.txt", help="plain text or JSON lines, one document a line")
-    g.add_argument("--text-length", type=int, default=1024, help="tokens of a document cut into a | b | c")
+    g.add_argument("--text", help="plain text or JSON lines, one document a line; default: --data's corpus.txt")
+    g.add_argument("--text-length", type=config.at_least(3), default=1024, help="tokens of a document cut into a | b | c")
     g = p.add_argument_group("finetune")
-    g.add_argument("--pretrained", default=True, help="start from the pretrain stage", **flag)
+    g.add_argument("--pretrained", default=True, help="start from the pretrain stage", **config.flag)
     g.add_argument("--lambda-ce", type=float, default=1.0, help="weight of L_pred")
     g.add_argument("--lambda-kl", type=float, default=5.0, help="λ1, weight of L_kl")
     g.add_argument("--lambda-ins", type=number_or_sigmoid, default="sigmoid", help="λ2, a number or `sigmoid` (of L_ins)")
     g.add_argument("--alignment", default="factors", choices=["none", "factors", "product"], help="what L_ins compares")
     g.add_argument("--kl-teacher", default="lora", help="lora (Eq. 5), meta, or a checkpoint with the same vocabulary")
-    g.add_argument("--temperature", type=float, default=1.0, help="of both distributions in L_kl, which is then x T²")
-    g.add_argument("--standardize-logits", default=False, help="z-score both models' logits before the softmax", **flag)
+    g.add_argument("--temperature", type=config.at_least(0.01, float), default=1.0,
+                   help="of both distributions in L_kl, which is then x T²")
+    g.add_argument("--standardize-logits", default=False, help="z-score both models' logits before the softmax", **config.flag)
     return p
 
 
@@ -135,7 +136,9 @@ def finetune_batches(options, tagi):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     stage = parser().parse_known_args(argv)[0].stage
-    options = common.parse(parser(), stage, argv)
+    if stage is None:
+        raise common.UserError("which stage? --stage pretrain or --stage finetune")
+    options = config.parse(parser(), stage, argv)
     options.encoder_fusion &= options.fusion
     options.decoder_fusion &= options.fusion
     if not (options.hypernetwork or options.encoder_fusion or options.decoder_fusion):
@@ -155,6 +158,8 @@ def train(options, rank, world):
     options.llm_fingerprint = common.fingerprint(llm)
     tagi = TAGI(llm, tokenizer, options)
     parameters = tagi.trainable()
+    if not parameters:
+        raise common.UserError("these options leave nothing to train; drop --no-hypernetwork or --no-encoder-fusion")
 
     # What the stage needs from earlier ones.
     teachers = teacher_llm = None
@@ -165,14 +170,16 @@ def train(options, rank, world):
         lambda_ce, lambda_kl = options.lambda_ce, options.lambda_kl
         align = options.hypernetwork and options.alignment != "none" and options.lambda_ins != 0
         if align or (lambda_kl and options.kl_teacher == "lora"):
-            teachers = common.load_teachers(os.path.join(options.runs, "lora"), units, llm, options.llm_fingerprint, options,
-                                            f"python train_teacher.py --stage lora{common.config_flag(options)}")
+            teachers = load_teachers(os.path.join(options.runs, "lora"), units, llm, options,
+                                     f"python train_teacher.py --stage lora{common.config_flag(options)}")
         if lambda_kl and options.kl_teacher != "lora":
             teacher_llm = load_kl_teacher(options, path, tagi)
+    kl_teachers = teachers if options.kl_teacher == "lora" else None
     optimizer = common.make_optimizer(list(parameters.values()), options)
     start = common.resume(folder, options, parameters, optimizer)
     if options.stage == "finetune" and options.pretrained and start == 0:
         start_from_pretrained(options, parameters)
+    common.begin(folder, options, rank)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
 
     for step in range(start, options.steps):
@@ -191,7 +198,7 @@ def train(options, rank, world):
             teacher_logits = None
             if lambda_kl:                                                   # the teacher reads a and b (Eq. 5)
                 with torch.no_grad():
-                    teacher_logits = run_teacher(tagi, teacher_llm, teachers, batch, options.kl_teacher == "lora")            # (N, C, V)
+                    teacher_logits = run_teacher(tagi, teacher_llm, kl_teachers, batch)         # (N, C, V)
             ids, mask = batch["instruction"]
             first, last = tagi.encode_instruction(ids, mask)                                    # (K, S, D)
             adapter = tagi.generate_adapter(first, last, mask)                                  # once per task
@@ -223,16 +230,17 @@ def train(options, rank, world):
         if stopping and not finished:
             common.leave(folder, step + 1, log)
     log.close()
+    stop.leave_if_asked(options.device)
 
 
-def run_teacher(tagi, teacher_llm, teachers, batch, use_lora):
+def run_teacher(tagi, teacher_llm, teachers, batch):
     """Logits at the target positions of the model that reads instruction and input, (N, C, V)."""
     ids, mask = batch["prompt"]
     if teacher_llm is not None:
         with tagi.autocast():
             return teacher_llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
     with tagi.adapted(None) as llm:                                                 # the same LLM, none of the student's parts
-        if use_lora:
+        if teachers is not None:
             lora.set_weights(llm, lora.select(teachers, batch["unit"][batch["index"]]))
         return llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
 
@@ -262,7 +270,7 @@ def start_from_pretrained(options, parameters):
         if (options.hypernetwork or key == "llm_fingerprint") and getattr(old, key) != getattr(options, key):
             raise common.UserError(f"{folder} was trained with {key} {getattr(old, key)}, not {getattr(options, key)}; train "
                                    "it again with --fresh, or start without it: --no-pretrained")
-    common.load_shared_weights(parameters, folder)
+    common.load_weights(parameters, folder, strict=False)
 
 
 if __name__ == "__main__":

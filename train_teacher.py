@@ -11,6 +11,7 @@ Launch (without --stage: the stages that the config lists, in order):
     python train_teacher.py --stage meta --lr 1e-3
     torchrun --nproc-per-node 8 train_teacher.py --config configs/my.yaml
 """
+import argparse
 import dataclasses
 import os
 import sys
@@ -21,30 +22,32 @@ import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 
 import common
+import config
 import data
 import lora
 
 
 def parser():
-    p = common.Parser(__doc__)
-    common.add_shared_options(p)
+    p = config.Parser(__doc__)
+    config.add_shared_options(p)
     g = p.add_argument_group("stage")
     g.add_argument("--stage", choices=["base", "meta", "lora"], help="one stage; default: those of --stages")
     g.add_argument("--name", help="folder under --runs; default: the stage's name")
-    common.add_training_options(p, steps=10_000)
+    config.add_training_options(p, steps=10_000)
     g = p.add_argument_group("base (only --model tiny)")
-    g.add_argument("--text", default="data/sample/corpus.txt", help="plain text, one document a line")
-    g.add_argument("--text-length", type=int, default=128, help="tokens of a document used at a time")
-    g.add_argument("--width", type=int, default=64, help="d_model")
-    g.add_argument("--layers", type=int, default=2, help="blocks in the encoder and in the decoder")
-    g.add_argument("--heads", type=int, default=4)
-    g.add_argument("--ff", type=int, default=128, help="d_ff")
+    g.add_argument("--text", help="plain text, one document a line; default: --data's corpus.txt")
+    g.add_argument("--text-length", type=config.at_least(3), default=128, help="tokens of a document used at a time")
+    g.add_argument("--width", type=config.positive, default=64, help="d_model")
+    g.add_argument("--layers", type=config.positive, default=2, help="blocks in the encoder and in the decoder")
+    g.add_argument("--heads", type=config.positive, default=4)
+    g.add_argument("--ff", type=config.positive, default=128, help="d_ff")
     g = p.add_argument_group("meta")
     g.add_argument("--drop-instruction", type=float, default=0.0, help="share of examples that hold the input alone")
     g.add_argument("--easy-first", type=float, default=0.0, help="share of the steps, at the start, on tasks with answers of "
-                   "one or two words, in one wording, without demonstrations; a model made from nothing needs it")
+                   "one or two words, in one wording; a model made from nothing needs it")
+    g.add_argument("--demos-after", type=float, default=0.0, help="share of the steps without demonstrations, from the start")
     g = p.add_argument_group("lora")
-    g.add_argument("--teachers-at-once", type=int, default=16, help="LoRA teachers trained side by side in one batch")
+    g.add_argument("--teachers-at-once", type=config.positive, default=16, help="LoRA teachers trained side by side in one batch")
     return p
 
 
@@ -53,10 +56,10 @@ def parser():
 def tiny_t5(options, tokenizer):
     """A T5 v1.1 (gated GELU, untied head) of a few hundred thousand parameters, started so that it trains fast."""
     torch.manual_seed(options.seed)
-    config = T5Config(vocab_size=len(tokenizer), d_model=options.width, d_kv=options.width // options.heads,
-                      d_ff=options.ff, num_layers=options.layers, num_heads=options.heads, dropout_rate=0.0,
-                      feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
-    llm = AutoModelForSeq2SeqLM.from_config(config)
+    shape = T5Config(vocab_size=len(tokenizer), d_model=options.width, d_kv=options.width // options.heads,
+                     d_ff=options.ff, num_layers=options.layers, num_heads=options.heads, dropout_rate=0.0,
+                     feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+    llm = AutoModelForSeq2SeqLM.from_config(shape)
     with torch.no_grad():
         llm.shared.weight *= 0.3
     llm.lm_head.weight = nn.Parameter(llm.shared.weight.detach() * 0.5)     # Transformers 5 ties it whatever the config says
@@ -78,6 +81,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
     parameters = dict(llm.named_parameters())
     optimizer = common.make_optimizer(list(parameters.values()), options)
     start = common.resume(folder, options, parameters, optimizer)
+    common.begin(folder, options, rank)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
@@ -109,6 +113,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
         if stopping and not finished:
             common.leave(folder, step + 1, log)
     log.close()
+    stop.leave_if_asked(options.device)
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
@@ -150,9 +155,10 @@ def train_meta(options, rank, world):
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        items, targets, first = [], [], step < options.easy_first * options.steps
-        for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances,
-                                    "0" if first else options.demos):
+        first = step < options.easy_first * options.steps
+        demos = "0" if step < options.demos_after * options.steps else options.demos
+        items, targets = [], []
+        for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances, demos):
             for text, target in draw.pairs:
                 dropped = not first and rng.random() < options.drop_instruction
                 items.append(("", [], text) if dropped else (draw.definition, draw.demonstrations, text))
@@ -168,33 +174,35 @@ def train_lora(options, rank, world):
     folder, path = folder_of(options, "lora"), common.llm_path(options)
     llm, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
     llm.requires_grad_(False).eval()
-    fingerprint = common.fingerprint(llm)
+    options.llm_fingerprint = common.fingerprint(llm)
     lora.inject_lora(llm, options.targets.split(","), options.rank, options.alpha)
-    if rank == 0:
-        common.save_checkpoint(folder, options, {})                         # a rerun sees what these teachers are
     units = {}
     for task in data.load_sni(options.data, "train", options.max_instances):
         units.setdefault(data.unit_of(task, options.unit), []).append(task)
     names = sorted(units)
     groups = [names[i:i + options.teachers_at_once] for i in range(0, len(names), options.teachers_at_once)]
+    common.begin(folder, options, rank)
+    if rank == 0:
+        common.save_checkpoint(folder, options, {})                         # a rerun sees what these teachers are
     stop = common.StopSignal()
     for group in groups[rank::world]:                                       # ranks share out the groups, no traffic
-        group = [unit for unit in group if not common.is_finished(os.path.join(folder, common.slug(unit)))]
+        group = [unit for unit in group if not common.is_finished(teacher_folder(folder, unit))]
         if group:
-            train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, stop, rank)
+            train_teachers(folder, options, llm, tokenizer, group, units, stop, rank)
     common.wait_for_all_ranks()
     if rank == 0:
         common.save_checkpoint(folder, options, {}, step=options.steps, finished=True)
+    stop.leave_if_asked(options.device)
 
 
-def train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, stop, rank):
+def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
     """A group of U independent teachers. Their losses are added up, each the mean over its own label tokens, and AdamW
     works element by element: every teacher gets the gradient and the step it would get alone."""
     numbers = {unit: n for n, unit in enumerate(sorted(units))}
     weights = lora.init_weights(llm, options.rank, options.seed, len(group))   # {site: (U, r, D_in), (U, D_out, r)}
     parameters = [p.requires_grad_() for pair in weights.values() for p in pair]
     optimizer = common.make_optimizer(parameters, options)
-    log = common.Log(folder, options, 0, rank)
+    log = common.Log(folder, options, 0, rank, summed=False)                # every rank has teachers of its own
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     for step in range(options.steps):
@@ -225,9 +233,43 @@ def train_teachers(folder, options, llm, tokenizer, group, units, fingerprint, s
         if stop.asked and step + 1 < options.steps:
             common.leave(folder, step + 1, log)
     lora.set_weights(llm, None)
-    log.close()
     for u, unit in enumerate(group):
-        common.save_teacher(folder, options, unit, fingerprint, lora.select(weights, u))
+        save_teacher(folder, options, unit, lora.select(weights, u))
+    if stop.asked:                                                          # in the last step: these teachers are done
+        common.leave(folder, options.steps, log)
+    log.close()
+
+
+def teacher_folder(folder, unit):
+    return os.path.join(folder, "".join(c if c.isalnum() else "_" for c in unit.lower()))
+
+
+def flatten(weights):
+    """{site: (lora_A, lora_B)} as a checkpoint's {"site.lora_A": tensor}."""
+    return {f"{site}.{ab}": w for site, pair in weights.items() for ab, w in zip(("lora_A", "lora_B"), pair)}
+
+
+def save_teacher(folder, options, unit, weights):
+    """One LoRA teacher as a checkpoint folder of its own, named after its unit."""
+    options = argparse.Namespace(**vars(options), unit_name=unit)
+    common.save_checkpoint(teacher_folder(folder, unit), options, flatten(weights), step=options.steps, finished=True)
+
+
+def load_teachers(folder, units, llm, options, command):
+    """The teachers of these units, stacked: {site: (lora_A (U, r, D_in), lora_B (U, D_out, r))}.
+
+    Raises UserError where one is missing (`command` makes it), or is of another LLM, rank or set of projections than the
+    options'.
+    """
+    stacked = lora.init_weights(llm, options.rank, 0, len(units))
+    for n, unit in enumerate(units):
+        path = teacher_folder(folder, unit)
+        if not common.is_finished(path):
+            raise common.UserError(f"{path}: no LoRA teacher for {unit}; first run {command}")
+        expected = common.load_options(path, "llm_fingerprint").llm_fingerprint
+        common.check_fingerprint(options.llm_fingerprint, expected, path, "the frozen LLM's folder")
+        common.load_weights(flatten(lora.select(stacked, n)), path)
+    return stacked
 
 
 def folder_of(options, stage):
@@ -240,11 +282,11 @@ STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora}
 @common.command
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    first = common.parse(parser(), "base", argv)                            # only to learn which stages to run
+    first = config.parse(parser(), "base", argv)                            # only to learn which stages to run
     for stage in [first.stage] if first.stage else first.stages.split(","):
         if stage not in STAGES:
             raise common.UserError(f"--stages: unknown stage '{stage}'; choose from {', '.join(STAGES)}")
-        options = common.parse(parser(), stage, argv)
+        options = config.parse(parser(), stage, argv)
         rank, world = common.init_processes(options)
         common.run_stage(folder_of(options, stage), options, rank, world, STAGES[stage])
 

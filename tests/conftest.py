@@ -68,7 +68,7 @@ def student_options(*flags, stage="finetune"):
     seen = []
     small = ["--rank=2", "--alpha=3", "--targets=q,v", "--width=16", "--bottleneck=6", "--max-output=8"]
     with mock.patch.object(common, "run_stage", lambda *args: seen.append(args[1])), \
-            mock.patch.object(common, "read_yaml", lambda path: {}):
+            mock.patch.object(common, "read_yaml", lambda *args: {}):
         train_hyper.main([f"--stage={stage}", "--device=cpu", *small, *flags])
     return seen[0]
 

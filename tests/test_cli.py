@@ -13,7 +13,7 @@ pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
 from stages import MODULES, ROOT, STAGES, call, process
 
-import common
+import config
 import evaluate
 import train_hyper
 import train_teacher
@@ -29,19 +29,12 @@ WITH_COST = {"TAGI, right instruction", "meta-trained, instruction in input", "f
 
 # ----------------------------------------------------------------------------------------------------------- stages
 
-def test_each_stage_runs_as_the_readme_calls_it(finished, tmp_path):
-    """Processes in order leave what calls in this process leave; test_resume.py has pretrain's process."""
-    project = finished.copy(tmp_path / "runs", ())
-    process(*project.command(None))                                                         # base, meta, lora: the config's
-    project.run("pretrain")
-    process(*project.command("finetune"))
+def test_evaluate_runs_as_the_readme_calls_it(project):
+    """A process of its own; test_resume.py has train_hyper.py's, test_distributed.py train_teacher.py's."""
     done = process(*project.command("evaluate", "--tagi-only", "--split=validation", "--floor=101"), code=1)
     assert "101" in done.stderr.splitlines()[-1]
     assert "TAGI, right instruction" in done.stdout and "Def + 2 Pos" in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-    for stage in STAGES:
-        ours, theirs = project.weights(stage), finished.weights(stage)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -280,7 +273,7 @@ def test_an_own_instruction_prints_one_line_an_input_and_nothing_else(project):
 def options_of(tmp_path, text, *argv, section="meta", parser=train_teacher.parser):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    return common.parse(parser(), section, ["--config", str(path), *argv])
+    return config.parse(parser(), section, ["--config", str(path), *argv])
 
 
 def test_the_command_line_goes_before_the_section_before_the_top_level_before_the_default(tmp_path):
@@ -320,10 +313,10 @@ def test_lists_become_comma_strings_at_the_top_level_too(tmp_path):
 def test_without_any_option_each_script_reads_the_built_in_suites_config(monkeypatch, module, section):
     monkeypatch.chdir(ROOT)
     argv = ["--stage", section] if module is train_hyper else []
-    options = common.parse(module.parser(), section, argv)
-    config = yaml.safe_load((ROOT / "configs" / "sample.yaml").read_text())
+    options = config.parse(module.parser(), section, argv)
+    values = yaml.safe_load((ROOT / "configs" / "sample.yaml").read_text())
     assert (options.config, options.data, options.runs) == ("configs/sample.yaml", "data/sample", "runs/sample")
-    for key, value in (config.get(section) or {}).items():
+    for key, value in (values.get(section) or {}).items():
         assert str(getattr(options, key)) == str(value) or getattr(options, key) == float(value)
     assert getattr(options, "text", "data/sample/corpus.txt") == "data/sample/corpus.txt"
 

@@ -5,9 +5,9 @@ import pytest
 
 pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
-from stages import process
+from stages import ROOT, process
 
-import common
+import config
 import train_teacher
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -21,19 +21,29 @@ def largest_difference(a, b):
 
 
 @pytest.fixture(scope="module")
-def teachers(finished, tmp_path_factory):
-    """meta and lora, one after the other, in one launch with two ranks."""
-    project = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("base",))
-    project.said = process(*TORCHRUN, *project.command(None, "--stages=meta,lora", "--teachers-at-once=2", *SHARED)[1:]).stdout
-    return project
+def launched(finished, tmp_path_factory):
+    """One launch with two ranks, since a launch takes seconds: meta and lora, one after the other, then finetune with all
+    three losses, on runs of its own. Returns both projects."""
+    teachers = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("base",))
+    student = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("meta", "lora", "pretrain"))
+    scripts = [["train_teacher", *teachers.argv(None, "--stages=meta,lora", "--teachers-at-once=2", *SHARED)],
+               ["train_hyper", *student.argv("finetune", *FINETUNE)]]
+    launcher = tmp_path_factory.mktemp("two") / "scripts.py"
+    launcher.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_hyper, train_teacher\n"
+                        "train_teacher.common.dist.destroy_process_group = lambda: None\n"     # a second one may hang
+                        f"for name, *argv in {scripts!r}:\n    sys.modules[name].main(argv)\n")
+    teachers.said = process(*TORCHRUN, launcher).stdout
+    return teachers, student
 
 
-@pytest.fixture(scope="module")
-def student(finished, tmp_path_factory):
-    """finetune on two ranks, with all three losses."""
-    project = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("meta", "lora", "pretrain"))
-    process(*TORCHRUN, *project.command("finetune", *FINETUNE)[1:])
-    return project
+@pytest.fixture
+def teachers(launched):
+    return launched[0]
+
+
+@pytest.fixture
+def student(launched):
+    return launched[1]
 
 
 def test_meta_on_two_ranks_equals_one_process_with_two_micro_batches(finished, teachers, tmp_path):
@@ -57,7 +67,7 @@ def test_lora_on_two_ranks_equals_one_exactly_and_leaves_out_no_teacher(teachers
 def test_ranks_that_start_at_different_times_leave_out_no_teacher(finished, tmp_path):
     """Rank 1 may come to the list of teachers when rank 0 has finished its first: here, all of its own."""
     late = finished.copy(tmp_path / "late", ("meta",))
-    options = common.parse(train_teacher.parser(), "lora", late.argv("lora", "--teachers-at-once=1"))
+    options = config.parse(train_teacher.parser(), "lora", late.argv("lora", "--teachers-at-once=1"))
     for rank in (0, 1):
         train_teacher.train_lora(options, rank, 2)
     assert len(list(late.runs.glob("lora/*/model.safetensors"))) == len(list(finished.runs.glob("lora/*/model.safetensors")))

@@ -437,7 +437,7 @@ def test_a_missing_checkpoint_is_one_line(checkpoint, tmp_path):
     with pytest.raises(common.UserError, match="nowhere"):
         TAGI.load(str(tmp_path / "nowhere"))
     (folder / "model.safetensors").rename(tmp_path / "moved")
-    with pytest.raises(common.UserError, match="model.safetensors: no such file"):
+    with pytest.raises(common.UserError, match="model.safetensors cannot be read: no such file"):
         TAGI.load(str(folder))
     llm_folder.rename(tmp_path / "gone")
     with warnings.catch_warnings(), pytest.raises(common.UserError, match="llm"):

@@ -260,14 +260,14 @@ def runs(tmp_path_factory, tasks):
     common_flags = [f"--runs={root}", f"--data={root}/data", "--llm=meta", "--rank=2", "--alpha=3", "--device=cpu", "--unit=task"]
     options = train_teacher.parser().parse_args(common_flags)
     train_teacher.save_llm(f"{root}/meta", options, llm, make_tokenizer(), finished=True)
-    fingerprint = common.fingerprint(llm)
+    options.llm_fingerprint = common.fingerprint(llm)
     lora.inject_lora(llm, ["q", "v"], 2, 3)
     torch.manual_seed(0)
     for t in tasks:
         weights = {s: (A, 0.5 * torch.randn_like(B)) for s, (A, B) in lora.init_weights(llm, 2, 0).items()}
-        common.save_teacher(f"{root}/lora", options, t.name, fingerprint, weights)
+        train_teacher.save_teacher(f"{root}/lora", options, t.name, weights)
     start = make_tagi("v1.1", *ALL, *common_flags)[0]
-    start.options.llm_fingerprint = fingerprint
+    start.options.llm_fingerprint = options.llm_fingerprint
     common.save_checkpoint(f"{root}/pretrain", start.options, randomize(start, scale=0.2).trainable(), finished=True)
     return common_flags + list(ALL) + ["--steps=1", "--clip=0", "--tasks=3", "--instances=2", "--alignment=factors"]
 
@@ -345,8 +345,9 @@ def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
     assert sorted(batch["unit"].tolist()) == [0, 1, 2] and len(labels) == 6
 
     plain = make_llm("v1.1").requires_grad_(False)
+    options.llm_fingerprint = common.fingerprint(plain)
     lora.inject_lora(plain, ["q", "v"], 2, 3)
-    teachers = common.load_teachers(f"{options.runs}/lora", units, plain, common.fingerprint(plain), options, "")
+    teachers = train_teacher.load_teachers(f"{options.runs}/lora", units, plain, options, "")
     teacher_logits = []
     for n in range(6):
         lora.merge(plain, lora.select(teachers, batch["unit"][batch["index"][n]].item()))

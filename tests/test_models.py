@@ -65,7 +65,7 @@ def test_fingerprint_is_of_the_llm_not_of_wrappers_or_precision():
 
 def test_a_folder_without_a_model_is_one_line(tmp_path):
     """load_llm names what it could not load."""
-    with pytest.raises(common.UserError, match="cannot load a T5-family model"):
+    with pytest.raises(common.UserError, match="expected a T5-family checkpoint"):
         common.load_llm(str(tmp_path))
 
 
@@ -75,10 +75,12 @@ def teach(folder, llm, group, units, *flags):
     """train_teachers for this group of units -> their weights as load_teachers reads them."""
     options = train_teacher.parser().parse_args(["--steps=3", "--lr=0.001", "--tasks=1", "--instances=2", "--rank=2", "--alpha=4",
                                                  "--device=cpu", "--max-output=8", *flags])
+    options.llm_fingerprint = "print"
+    folder.mkdir(exist_ok=True)
     llm.requires_grad_(False)
     lora.inject_lora(llm, ["q", "v"], options.rank, options.alpha)
-    train_teacher.train_teachers(str(folder), options, llm, make_tokenizer(), group, units, "print", mock.Mock(asked=0), 0)
-    return common.load_teachers(str(folder), group, llm, "print", options, "")
+    train_teacher.train_teachers(str(folder), options, llm, make_tokenizer(), group, units, mock.Mock(asked=0), 0)
+    return train_teacher.load_teachers(str(folder), group, llm, options, "")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,13 +114,15 @@ def test_a_missing_teacher_or_one_of_another_llm_or_rank_is_one_line(tasks, tmp_
     llm, units = make_llm("v1.1"), {"one": [tasks[0]]}
     teach(tmp_path, llm, ["one"], units)
     options = train_teacher.parser().parse_args(["--rank=2"])
+    options.llm_fingerprint = "print"
     with pytest.raises(common.UserError, match="two.*no LoRA teacher for two; first run COMMAND"):
-        common.load_teachers(str(tmp_path), ["one", "two"], llm, "print", options, "COMMAND")
+        train_teacher.load_teachers(str(tmp_path), ["one", "two"], llm, options, "COMMAND")
+    options.llm_fingerprint = "other print"
     with pytest.raises(common.UserError, match="another LLM"):
-        common.load_teachers(str(tmp_path), ["one"], llm, "other print", options, "")
-    options.rank = 3
+        train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "")
+    options.llm_fingerprint, options.rank = "print", 3
     with pytest.raises(common.UserError, match="does not fit"):
-        common.load_teachers(str(tmp_path), ["one"], llm, "print", options, "")
+        train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "")
 
 
 # -------------------------------------------------------------------------------------------------------------- texts

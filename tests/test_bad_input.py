@@ -120,7 +120,7 @@ def test_a_missing_config_is_named(project, tmp_path):
     ("meta", ["--tasks=0"], ["--tasks"]), ("finetune", ["--steps=0"], ["--steps"]), ("finetune", ["--instances=0"], ["--instances"]),
     ("meta", ["--accumulate=0"], ["--accumulate"]), ("finetune", ["--temperature=0"], ["--temperature"]),
     ("lora", ["--teachers-at-once=0"], ["--teachers-at-once"]), ("pretrain", ["--text-length=2"], ["--text-length"]),
-    ("meta", ["--save-every=0"], ["--save-every"]), ("meta", ["--log-every=0"], ["--log-every"])])
+    ("pretrain", ["--width=30"], ["--width", "30", "4"]), ("meta", ["--save-every=0"], ["--save-every"]), ("meta", ["--log-every=0"], ["--log-every"])])
 def test_a_wrong_option_is_named(project, stage, flags, said):
     line = project.refuses(stage, *([] if stage == "evaluate" else ["--name=other"]), *flags)
     assert all(word in line for word in said), line
@@ -309,6 +309,15 @@ def test_teachers_and_students_of_another_rank_are_refused(project):
 def test_teachers_of_other_projections_are_refused(project):
     line = project.refuses("finetune", "--name=other", "--targets=q,v", "--no-pretrained")
     assert str(project.runs / "lora") in line and "targets" in line
+
+
+def test_a_student_whose_targets_were_edited_is_refused(project):
+    """q and k are of the same shapes, so the weights alone would fit."""
+    project.run("finetune", "--name=other", "--targets=q,v", "--no-pretrained", "--lambda-kl=0", "--lambda-ins=0")
+    record = project.runs / "other" / "config.yaml"
+    record.write_text(record.read_text().replace("targets: q,v", "targets: q,k"))
+    line = project.refuses("evaluate", "--tagi-only", "--checkpoint", project.runs / "other")
+    assert str(project.runs / "other") in line and "q,v" in line and "q,k" in line
 
 
 @pytest.mark.parametrize("file, damage", [("config.yaml", "empty"), ("config.yaml", "gone"), ("model.safetensors", "cut"),

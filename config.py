@@ -54,6 +54,8 @@ def add_shared_options(parser: Parser) -> None:
     g.add_argument("--max-instances", type=positive, default=100, help="instances per training task")
     g.add_argument("--demos", default="0", choices=["0", "2", "mixed"],
                    help="demonstrations beside the definition; mixed: 0 or 2, drawn for each batch")
+    g.add_argument("--vary-demos", default=False, help="train with demonstrations drawn from the task's instances instead of "
+                   "its first positive examples", **flag)
     g.add_argument("--max-instruction", type=positive, default=1024, help="tokens of an instruction, demonstrations included")
     g.add_argument("--max-input", type=positive, default=1024, help="tokens of an input, instruction included where it is read")
     g.add_argument("--max-output", type=positive, default=128, help="tokens of an output")

@@ -179,21 +179,25 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(list(key))
 
 
-def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, demos: str) -> list[Draw]:
+def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, demos: str,
+               vary: bool = False) -> list[Draw]:
     """n_tasks tasks, each with one of its wordings and n_instances instances; demos: "0", "2" or "mixed".
 
     mixed: every other micro-batch, on average, has two demonstrations; one choice a batch keeps padding low.
+    vary: demonstrations are drawn from the task's instances; else they are its first positive examples, as in the tests.
     """
     n_demos = 2 * int(rng.integers(2)) if demos == "mixed" else int(demos)
     picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks))
-    return [draw_task(tasks[t], rng, n_instances, n_demos) for t in picks]
+    return [draw_task(tasks[t], rng, n_instances, n_demos, vary) for t in picks]
 
 
-def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: int) -> Draw:
-    rows = rng.choice(len(task.instances), n_instances, replace=n_instances > len(task.instances))
-    pairs = [(task.instances[i].input, task.instances[i].outputs[rng.integers(len(task.instances[i].outputs))]) for i in rows]
+def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: int, vary: bool = False) -> Draw:
     definition = task.definitions[rng.integers(len(task.definitions))]
-    return Draw(task, definition, task.demonstrations[:n_demos], pairs)
+    n = n_instances + n_demos * vary
+    rows = rng.choice(len(task.instances), n, replace=n > len(task.instances))
+    pairs = [(task.instances[i].input, task.instances[i].outputs[rng.integers(len(task.instances[i].outputs))]) for i in rows]
+    demonstrations = pairs[n_instances:] if vary else task.demonstrations[:n_demos]
+    return Draw(task, definition, demonstrations, pairs[:n_instances])
 
 
 def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
@@ -211,14 +215,6 @@ def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
     if not documents:
         raise UserError(f"{path} has no document of three tokens or more")
     return documents
-
-
-def split_document(ids: list[int], ends: set[int], limit: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """A document's first `limit` tokens in two, cut behind one of its sentences (`ends`: ids of tokens that end one)."""
-    window = ids[:limit]
-    places = [i for i in range(1, len(window)) if window[i - 1] in ends] or [len(window) // 2]
-    cut = places[rng.integers(len(places))]
-    return window[:cut], window[cut:]
 
 
 def cut_document(ids: list[int], parts: int, limit: int, rng: np.random.Generator) -> list[list[int]]:

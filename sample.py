@@ -93,7 +93,7 @@ ATTRIBUTES = {  # attribute: (slot, what is said of it, the values for which it 
 }
 ATTRIBUTES = {a: (slot, said, values.split()) for a, (slot, said, values) in ATTRIBUTES.items()}
 
-POSITIONS = {"first": 0, "second": 1, "third": 2, "fourth": 3, "last": -1}
+POSITIONS = {"first": 0, "second": 1, "last": -1}
 
 FORMATS = {  # format of one answer: (output, how definitions say it)
     "plain": ("{x}", ("alone", "with nothing else")),
@@ -304,7 +304,9 @@ def definitions(rng, task, unseen=False):
     found = {}  # a dict keeps the order of drawing
     while len(found) < PARAPHRASES:
         ask = rng.choice(CLASS_ASKS if task.form in LABELS else ASKS)
-        found[define(rng, task, f"{rng.choice(OPENINGS)} {ask}")] = None
+        # A list's opening tells its task from the same question about a sentence.
+        opening = rng.choice(OPENINGS) + " " if task.source == "list" or rng.random() < 0.3 else ""
+        found[define(rng, task, opening + ask)] = None
     return list(found)
 
 

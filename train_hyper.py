@@ -113,7 +113,7 @@ def finetune_batches(options, tagi):
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        draws = data.draw_tasks(tasks, rng, options.tasks, options.instances, options.demos)
+        draws = data.draw_tasks(tasks, rng, options.tasks, options.instances, options.demos, options.vary_demos)
         pairs = [(draw, *pair) for draw in draws for pair in draw.pairs]
         batch = {
             "instruction": data.tokenize_instructed(tokenizer, [(d.definition, d.demonstrations) for d in draws],

@@ -119,15 +119,14 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
 # ----------------------------------------------------------------------------------------------------------- stages
 
 def train_base(options, rank, world):
-    """A small T5 from nothing: continue a document from one of its sentences on (prefix language modelling)."""
+    """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
     tokenizer = load_tokenizer(os.path.join(options.data, "tokenizer"))
     documents = data.read_documents(options.text, tokenizer, options.text_length)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    ends = {i for piece, i in tokenizer.get_vocab().items() if piece.endswith((".", "?", "!"))}
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        rows = [data.split_document(documents[i], ends, options.text_length, rng)
+        rows = [data.cut_document(documents[i], 2, options.text_length, rng)
                 for i in rng.integers(len(documents), size=options.tasks * options.instances)]
         ids, mask = data.pad([a + [eos] for a, _ in rows], pad, options.device)
         labels, _ = data.pad([b + [eos] for _, b in rows], data.IGNORE, options.device)
@@ -158,7 +157,7 @@ def train_meta(options, rank, world):
         first = step < options.easy_first * options.steps
         demos = "0" if step < options.demos_after * options.steps else options.demos
         items, targets = [], []
-        for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances, demos):
+        for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances, demos, options.vary_demos):
             for text, target in draw.pairs:
                 dropped = not first and rng.random() < options.drop_instruction
                 items.append(("", [], text) if dropped else (draw.definition, draw.demonstrations, text))
@@ -212,7 +211,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
         items, targets, owner = [], [], []
         for u, unit in enumerate(group):
             rng = data.generator(options.seed, step, numbers[unit])         # the same examples alone or in a group
-            for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, options.demos):
+            for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, options.demos, options.vary_demos):
                 items += [(draw.definition, draw.demonstrations, text) for text, _ in draw.pairs]
                 targets += [target for _, target in draw.pairs]
                 owner += [u] * len(draw.pairs)

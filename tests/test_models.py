@@ -208,14 +208,14 @@ def test_document_is_cut_into_pieces_that_join_to_a_window(length, parts, limit)
     assert len(seen) > 1 or min(length, limit) == parts
 
 
-def test_document_is_split_behind_a_sentence():
-    """Two pieces, none empty, that join to the first tokens; every inner sentence end can be the place, else the middle."""
-    def split(ids, limit):
-        return {tuple(map(tuple, data.split_document(ids, {9}, limit, data.generator(0, s)))) for s in range(30)}
-
-    assert split([1, 9, 2, 9, 3, 9], 50) == {((1, 9), (2, 9, 3, 9)), ((1, 9, 2, 9), (3, 9))}
-    assert split([1, 9, 2, 9, 3, 9], 4) == {((1, 9), (2, 9))}
-    assert split([1, 2, 3, 9], 50) == {((1, 2), (3, 9))}
+def test_varied_demonstrations_are_other_instances_of_the_task(tasks):
+    """With vary, demonstrations come from the task's instances and never hold the instance that is asked."""
+    task = tasks[0]
+    task = data.Task(task.name, task.category, task.definitions, task.demonstrations,
+                     [data.Instance(str(i), f"in {i}", [f"out {i}"]) for i in range(4)])
+    for step in range(20):
+        draw = data.draw_task(task, data.generator(0, step), 1, 2, vary=True)
+        assert len(draw.demonstrations) == 2 and len(draw.pairs) == 1 and draw.pairs[0] not in draw.demonstrations
 
 
 def test_unit_of_names_category_task_or_all(tasks):

@@ -1,8 +1,8 @@
 """Write the built-in benchmark: tasks in Super-NaturalInstructions' layout, plain text, and a tokenizer.
 
-Everything is made from the small tables below and follows from one seed. A task is a combination of
-concepts (which slots to find, how to write them); validation and test tasks are combinations that no
-training task contains, so solving them means reading the definition.
+Everything is made from the small tables of assets/suite.yaml and follows from one seed. A task is a combination of
+concepts (which slots to find, how to write them); validation and test tasks are combinations that no training
+task contains, so solving them means reading the definition.
 
     python sample.py --out data/sample --seed 0
 
@@ -31,6 +31,8 @@ import shutil
 from collections import Counter
 from typing import NamedTuple
 
+import yaml
+
 # One record, shortened (--seed 0, tasks/task044_sentence_city_food_plus.json):
 # {"Categories": ["Pair Extraction"],
 #  "Definition": ["Look at the text . Write the city and then the meal joined by the word plus .", ...],
@@ -41,140 +43,24 @@ from typing import NamedTuple
 #                 "input": "A nurse named Anna paid seven coins for candy and a bag in Cairo .",
 #                 "output": ["Cairo plus candy"]}, ...]}
 
-# Tables. Every word is one piece of the vocabulary, punctuation stands apart.
+# Tables; assets/suite.yaml explains each.
 
-SLOTS = {  # slot: (what definitions call it, its values)
-    "name": ("name person", "Anna Maria Clara Julia Emma Nora Lucy Peter David Simon Oscar Tom Paul Mark"),
-    "city": ("city town", "Paris Rome Madrid Berlin Oslo Athens Cairo Tokyo Lima Delhi Boston Nairobi"),
-    "day": ("day weekday", "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
-    "animal": ("animal beast", "dog cat cow horse sheep pig lion wolf bear frog deer hare"),
-    "colour": ("colour shade", "red blue green black white brown yellow pink grey purple"),
-    "object": ("object thing", "lamp chair table book clock mirror bag hat cup phone drum knife"),
-    "number": ("number count", "two three four five six seven eight nine ten eleven twelve"),
-    "job": ("job trade", "baker doctor teacher farmer judge waiter nurse pilot sailor chef miner clerk"),
-    "vehicle": ("vehicle transport", "car bus truck bike train tram boat ferry ship canoe balloon glider"),
-    "food": ("food meal", "cake honey jam candy chocolate pie bread soup cheese rice fish pasta"),
-}
-SLOTS = {slot: (nouns.split(), values.split()) for slot, (nouns, values) in SLOTS.items()}
+with open(os.path.join(os.path.dirname(__file__), "assets", "suite.yaml"), encoding="utf-8") as f:
+    TABLES = yaml.safe_load(f)
 
-MAPS = {  # mapping: (slot it reads, what definitions call it, images in the order of the slot's values)
-    "country": ("city", ("the country of the city", "the country where the town lies"),
-                "France Italy Spain Germany Norway Greece Egypt Japan Peru India America Kenya"),
-    "language": ("city", ("the language of the city", "the language spoken in the town"),
-                "French Italian Spanish German Norwegian Greek Arabic Japanese Spanish Hindi English Swahili"),
-    "next_day": ("day", ("the day after the given day", "the weekday that comes next"),
-                "Tuesday Wednesday Thursday Friday Saturday Sunday Monday"),
-    "previous_day": ("day", ("the day before the given day", "the weekday that came before"),
-                "Sunday Monday Tuesday Wednesday Thursday Friday Saturday"),
-    "next_number": ("number", ("the number plus one", "the count plus one"),
-                "three four five six seven eight nine ten eleven twelve thirteen"),
-    "digits": ("number", ("the number in digits", "the count in digits"),
-                "2 3 4 5 6 7 8 9 10 11 12"),
-    "young": ("animal", ("the young of the animal", "the baby of the beast"),
-                "puppy kitten calf foal lamb piglet cub pup cub tadpole fawn leveret"),
-    "sound": ("animal", ("the sound of the animal", "the noise of the beast"),
-                "barks meows moos neighs bleats grunts roars howls growls croaks bellows squeaks"),
-    "workplace": ("job", ("the workplace of the job", "the place of the trade"),
-                "bakery hospital school farm court diner clinic airport harbour kitchen mine office"),
-    "way": ("vehicle", ("the way of the vehicle", "the way used by the transport"),
-                "road road road road rail rail water water water water air air"),
-}
-MAPS = {m: (slot, phrases, dict(zip(SLOTS[slot][1], images.split()))) for m, (slot, phrases, images) in MAPS.items()}
+SLOTS = {slot: (nouns.split(), values.split()) for slot, (nouns, values) in TABLES["slots"].items()}
+MAPS = {m: (slot, phrases, dict(zip(SLOTS[slot][1], images.split())))  # the last: value -> image
+        for m, (slot, phrases, images) in TABLES["maps"].items()}
+ATTRIBUTES = {a: (slot, said, values.split()) for a, (slot, said, values) in TABLES["attributes"].items()}
+POSITIONS, LABELS, QUOTA = TABLES["positions"], TABLES["labels"], TABLES["quota"]
+PHRASE_FORMATS, LAYOUT_FORMATS = TABLES["phrase_formats"], TABLES["layout_formats"]
+FORMATS = {**PHRASE_FORMATS, **LAYOUT_FORMATS}
+JOINERS, JOINED, IN_ORDER = TABLES["joiners"], TABLES["joined"], TABLES["in_order"]
+EVENTS, INPUT_NOUNS, OPENINGS = TABLES["events"], TABLES["input_nouns"], TABLES["openings"]
+ASKS, CLASS_ASKS = TABLES["asks"], TABLES["class_asks"]
+UNSEEN_ASKS, UNSEEN_CLASS_ASKS = TABLES["unseen_asks"], TABLES["unseen_class_asks"]
+GLOSSES = TABLES["form_glosses"] * 3 + TABLES["word_glosses"]
 
-ATTRIBUTES = {  # attribute: (slot, what is said of it, the values for which it holds)
-    "large": ("number", "is more than six", "seven eight nine ten eleven twelve"),
-    "even": ("number", "is even", "two four six eight ten twelve"),
-    "weekend": ("day", "is on the weekend", "Saturday Sunday"),
-    "wild": ("animal", "is wild", "lion wolf bear frog deer hare"),
-    "europe": ("city", "is in Europe", "Paris Rome Madrid Berlin Oslo Athens"),
-    "sweet": ("food", "is sweet", "cake honey jam candy chocolate pie"),
-    "wheels": ("vehicle", "has wheels", "car bus truck bike train tram"),
-    "woman": ("name", "is a woman", "Anna Maria Clara Julia Emma Nora Lucy"),
-}
-ATTRIBUTES = {a: (slot, said, values.split()) for a, (slot, said, values) in ATTRIBUTES.items()}
-
-POSITIONS = {"first": 0, "second": 1, "last": -1}
-
-FORMATS = {  # format of one answer: (output, how definitions say it)
-    "plain": ("{x}", ("alone", "with nothing else")),
-    "answer": ("answer : {x}", ("after the word answer and a colon", "with the word answer and a colon before it")),
-    "it_is": ("it is {x}", ("after the words it is", "with the words it is before it")),
-    "done": ("{x} done", ("before the word done", "with the word done after it")),
-    "please": ("{x} please", ("before the word please", "with the word please after it")),
-    "brackets": ("[ {x} ]", ("in square brackets", "between square brackets")),
-    "quotes": ("\" {x} \"", ("in quotes", "between quotes")),
-    "stars": ("* {x} *", ("between two stars", "with a star on each side")),
-    "twice": ("{x} {x}", ("twice", "two times")),
-    "thrice": ("{x} {x} {x}", ("three times", "in three copies")),
-}
-PHRASE_FORMATS, LAYOUT_FORMATS = list(FORMATS)[:5], list(FORMATS)[5:]
-
-JOINERS = {"comma": (",", "a comma"), "dash": ("-", "a dash"), "and": ("and", "the word and"),
-           "then": ("then", "the word then"), "or": ("or", "the word or"), "plus": ("plus", "the word plus")}
-JOINED = ("joined by {j}", "with {j} between them", "separated by {j}")
-
-LABELS = {"yes_no": ("yes", "no"), "true_false": ("true", "false"), "right_wrong": ("right", "wrong"),
-          "good_bad": ("good", "bad"), "up_down": ("up", "down"), "hot_cold": ("hot", "cold")}
-
-EVENTS = (  # [parts in brackets] are left out at times
-    "[On {day}] {name} the {job} bought a {colour} {object} in {city} [for {number} coins] .",
-    "The {colour} {vehicle} left {city} [on {day}] with {name} and a {animal} [and {number} boxes] .",
-    "In {city} a {animal} ate the {food} of {name} the {job} [on {day}] .",
-    "Some {number} friends came by {vehicle} [on {day}] to see the {animal} of {name} in {city} .",
-    "A {job} named {name} paid {number} coins for {food} and a {object} [in {city}] .",
-    "With a {animal} and a {colour} {object} , {name} came to {city} by {vehicle} [on {day}] .",
-    "The {job} gave the {animal} some {food} near the {colour} {vehicle} [at {number}] [on {day}] .",
-    "Each {day} the {job} {name} cooks {food} for {number} guests [in {city}] .",
-    "{name} saw a {vehicle} , a {animal} and {number} {colour} boxes in {city} [on {day}] .",
-    "By {vehicle} the {food} and the {object} went to {city} with {name} the {job} [on {day}] .",
-    "There is a {object} of {colour} glass and {food} for the {animal} of the {job} [in {city}] .",
-    "It was {day} when {name} lost the {object} and {number} coins in the {vehicle} [to {city}] .",
-    "The {animal} hid the {object} of the {job} under the {colour} {vehicle} for {number} days [in {city}] .",
-    "At {number} on {day} the {colour} {vehicle} brought {food} and a {object} to {name} [the {job}] .",
-    "On {day} {name} sold {food} , a {object} and a {colour} {animal} [to a {job}] .",
-    "In {city} , {number} people saw the {job} {name} sell a {animal} for a {object} [on {day}] .",
-)
-
-# Definitions: {n} the input's kind, {x} what to find, {f} how to write it, {it} it or them.
-INPUT_NOUNS = {"sentence": ("sentence", "text"), "list": ("list", "row")}
-OPENINGS = ("In this task , you are given a {n} .", "You are given a {n} .", "You will read a {n} .", "Read the {n} .",
-            "Look at the {n} .", "The input is a {n} .", "Here is a {n} .")
-ASKS = (
-    "Your job is to find {x} and write {it} {f} .", "Write {x} {f} .", "Find {x} , then write {it} {f} .",
-    "The answer is {x} , written {f} .", "Pick out {x} and give {it} {f} .", "Look for {x} in it and answer {f} .",
-    "Please tell us {x} . Give {it} {f} .", "Your answer must be {x} , {f} .", "Return {x} , given {f} .",
-    "Please return {x} {f} .", "Answer {f} and give {x} .", "In your answer , write {f} : {x} .",
-)
-CLASS_ASKS = (  # {c} the condition, {p} the label where it holds, {q} the other
-    "Answer {p} if {c} and {q} otherwise .", "Write {p} if {c} , else write {q} .",
-    "If {c} , your answer must be {p} , otherwise {q} .", "Give {p} when {c} and {q} when not .",
-    "Find out if {c} . Then answer {p} , otherwise {q} .", "The answer is {p} if {c} , else {q} .",
-    "When {c} , return {p} , otherwise return {q} .", "Your job is to write {p} if {c} and {q} if not .",
-)
-# Sentence patterns kept for test_unseen_wording; their words all occur in the patterns above.
-UNSEEN_ASKS = ("Read the {n} , find {x} , and return {it} {f} .", "In the {n} given , please find {x} , then answer {f} .",
-               "Please give {x} {f} : the input is a {n} .", "In this {n} , find {x} . Your answer must be written {f} .")
-UNSEEN_CLASS_ASKS = ("Read the {n} and return {p} if {c} , else {q} .",
-                     "In the {n} given , find out if {c} , then return {p} , otherwise {q} .",
-                     "Find out if {c} in this {n} . Give {p} if it is , else {q} .")
-IN_ORDER = ("{a} and then {b}", "{a} followed by {b}", "{a} and after it {b}")
-IN_ORDER_OF_THREE = ("{a} , then {b} and then {c}", "{a} followed by {b} and then {c}")
-
-GLOSSES = (  # loose sentences for the corpus, for every other word of the definitions; {v} and {w}: any two values
-    *["{v} {f} is {v_f} .", "Here {v} is written {f} : {v_f} .", "{v} and {w} , {joined} , are {v_w} ."] * 3,
-    "If it is not {v} , it is {w} .", "The word {v} comes before the word {w} .", "In this text , {v} is followed by {w} .",
-    "Read {v} , Look for {w} , Pick out {v} .", "Your input must be {v} , otherwise your task must be {w} .",
-    "When you find {v} , write {w} or return it .", "Then give us {v} , not a list or a row .",
-    "Find it . Write it . Give it . Return it .",
-    "This is a good sentence , not a bad sentence .", "Look up and down . Find out if it is hot or cold .",
-    "Answer {v} , yes or no , else {w} .", "Please tell us {v} and look for {w} in it .",
-    "You will read {v} , {w} and one list .",
-)
-
-# Category: (training, validation, test tasks). Triples only enrich training.
-QUOTA = {"Information Extraction": (42, 3, 5), "Text Formatting": (41, 3, 6), "Word Mapping": (66, 4, 6),
-         "Pair Extraction": (80, 4, 9), "Mixed Pairs": (50, 3, 6), "List Selection": (75, 3, 6), "List Pairs": (58, 3, 5),
-         "Text Classification": (44, 2, 2), "Triple Extraction": (16, 0, 0), "List Triples": (8, 0, 0)}
 TRAIN_INSTANCES, EVAL_INSTANCES, PARAPHRASES, DOCUMENTS, EXTRA_IDS = 50, 25, 10, 12000, 20
 # What the usual SNI prompt adds around a task's text.
 PROMPT = "Definition: Input: Output: Explanation: Positive Negative Example 1 2 3 - Now complete the following example -"
@@ -288,10 +174,8 @@ def define(rng, task, ask):
     phrases = [operand_phrase(rng, operand) for operand in task.operands]
     if task.form in LABELS:
         return ask.format(n=noun, c=phrases[0], p=LABELS[task.form][0], q=LABELS[task.form][1])
-    if len(phrases) == 2:
-        phrases = [rng.choice(IN_ORDER).format(a=phrases[0], b=phrases[1])]
-    elif len(phrases) == 3:
-        phrases = [rng.choice(IN_ORDER_OF_THREE).format(a=phrases[0], b=phrases[1], c=phrases[2])]
+    if len(phrases) > 1:
+        phrases = [rng.choice(IN_ORDER[len(phrases)]).format(*phrases)]
     it = "it" if len(task.operands) == 1 else "them"
     return ask.format(n=noun, x=phrases[0], f=form_phrase(rng, task.form), it=it)
 
@@ -314,23 +198,22 @@ def definitions(rng, task, unseen=False):
 
 def candidates(category):
     """All tasks of a category."""
-    slots, maps, joiners = list(SLOTS), list(MAPS), list(JOINERS)
     # Fewer operands where there would be far more pairs than tasks: a pair is learned from its neighbours in the grid.
     few_slots = ["name", "colour", "object", "vehicle", "food", "city"]
     few_maps = ["young", "next_number", "next_day", "workplace", "country"]
     mixed = [*itertools.product(few_slots, few_maps), *itertools.product(few_maps, few_slots)]
     selectors = [*POSITIONS, "animal", "colour", "city", "food"]
     source, operands, forms = {
-        "Information Extraction": ("sentence", [(s,) for s in slots], PHRASE_FORMATS),
-        "Text Formatting": ("sentence", [(s,) for s in slots], LAYOUT_FORMATS),
-        "Word Mapping": ("sentence", [(m,) for m in maps], list(FORMATS)),
-        "Pair Extraction": ("sentence", list(itertools.permutations(slots, 2)), joiners),
-        "Mixed Pairs": ("sentence", mixed, joiners),
-        "List Selection": ("list", [(s,) for s in [*POSITIONS, *slots]], list(FORMATS)),
-        "List Pairs": ("list", list(itertools.permutations(selectors, 2)), joiners),
-        "Text Classification": ("sentence", [(a,) for a in ATTRIBUTES], list(LABELS)),
-        "Triple Extraction": ("sentence", list(itertools.permutations(slots, 3)), joiners),
-        "List Triples": ("list", list(itertools.permutations(selectors, 3)), joiners),
+        "Information Extraction": ("sentence", [(s,) for s in SLOTS], PHRASE_FORMATS),
+        "Text Formatting": ("sentence", [(s,) for s in SLOTS], LAYOUT_FORMATS),
+        "Word Mapping": ("sentence", [(m,) for m in MAPS], FORMATS),
+        "Pair Extraction": ("sentence", list(itertools.permutations(SLOTS, 2)), JOINERS),
+        "Mixed Pairs": ("sentence", mixed, JOINERS),
+        "List Selection": ("list", [(s,) for s in [*POSITIONS, *SLOTS]], FORMATS),
+        "List Pairs": ("list", list(itertools.permutations(selectors, 2)), JOINERS),
+        "Text Classification": ("sentence", [(a,) for a in ATTRIBUTES], LABELS),
+        "Triple Extraction": ("sentence", list(itertools.permutations(SLOTS, 3)), JOINERS),
+        "List Triples": ("list", list(itertools.permutations(selectors, 3)), JOINERS),
     }[category]
     # Some triples of slots occur together in no sentence.
     writable = [ops for ops in operands if source == "list"
@@ -346,12 +229,9 @@ def links(task):
 
 
 def split_tasks(rng):
-    """Choose the tasks.
+    """Choose the tasks: 'train', 'validation' and 'test', each a list of Task.
 
-    Returns
-    -------
-    dict of str to list of Task
-        Keys 'train', 'validation', 'test'. No training task has a link of a validation or test task.
+    No training task has a link of a validation or test task.
     """
     pool = {category: candidates(category) for category in QUOTA}
     split = {"train": [], "validation": [], "test": []}
@@ -449,10 +329,7 @@ def document(rng):
 def write_tokenizer(path, texts):
     """Train SentencePiece on `texts` and save it as a Transformers T5 tokenizer: pad 0, </s> 1, <unk> 2.
 
-    Raises
-    ------
-    RuntimeError
-        If a word of `texts` did not become one piece.
+    Returns its number of pieces. Raises RuntimeError if a word of `texts` did not become one piece.
     """
     import sentencepiece
     from transformers import T5Tokenizer
@@ -483,19 +360,10 @@ def write_tokenizer(path, texts):
 
 
 def write_suite(root, seed=0):
-    """Write the whole benchmark under `root`, replacing what is there.
+    """Write the whole benchmark under the folder `root`, replacing what is there.
 
-    Parameters
-    ----------
-    root : str
-        Folder to write.
-    seed : int
-        Decides which combinations are held out, the instances and the wordings.
-
-    Raises
-    ------
-    RuntimeError
-        If two tasks share a definition, or the tokenizer splits a word.
+    `seed` decides which combinations are held out, the instances and the wordings.
+    Raises RuntimeError if two tasks share a definition, or the tokenizer splits a word.
     """
     rng = random.Random(seed)
     root = os.path.normpath(os.fspath(root))

@@ -188,9 +188,7 @@ def definitions(rng, task, unseen=False):
     found = {}  # a dict keeps the order of drawing
     while len(found) < PARAPHRASES:
         ask = rng.choice(CLASS_ASKS if task.form in LABELS else ASKS)
-        # A list's opening tells its task from the same question about a sentence.
-        opening = rng.choice(OPENINGS) + " " if task.source == "list" or rng.random() < 0.3 else ""
-        found[define(rng, task, opening + ask)] = None
+        found[define(rng, task, f"{rng.choice(OPENINGS)} {ask}")] = None
     return list(found)
 
 
@@ -198,11 +196,8 @@ def definitions(rng, task, unseen=False):
 
 def candidates(category):
     """All tasks of a category."""
-    # Fewer operands where there would be far more pairs than tasks: a pair is learned from its neighbours in the grid.
-    few_slots = ["name", "colour", "object", "vehicle", "food", "city"]
-    few_maps = ["young", "next_number", "next_day", "workplace", "country"]
-    mixed = [*itertools.product(few_slots, few_maps), *itertools.product(few_maps, few_slots)]
-    selectors = [*POSITIONS, "animal", "colour", "city", "food"]
+    mixed = [*itertools.product(SLOTS, MAPS), *itertools.product(MAPS, SLOTS)]
+    selectors = [*POSITIONS, "animal", "colour", "city", "food", "object"]
     source, operands, forms = {
         "Information Extraction": ("sentence", [(s,) for s in SLOTS], PHRASE_FORMATS),
         "Text Formatting": ("sentence", [(s,) for s in SLOTS], LAYOUT_FORMATS),
@@ -225,7 +220,7 @@ def links(task):
     """Combinations that a task teaches: operand and form, or each pair of neighbouring operands."""
     if len(task.operands) == 1:
         return {(task.source, task.operands[0], task.form)}
-    return {(task.source, a, b) for a, b in zip(task.operands, task.operands[1:])}
+    return {(task.source, frozenset(pair)) for pair in zip(task.operands, task.operands[1:])}
 
 
 def split_tasks(rng):
@@ -242,7 +237,7 @@ def split_tasks(rng):
         for task in pool[category]:
             # Few of a kind, so that every concept keeps many other training tasks.
             most = 2 if len(task.operands) == 1 else 4
-            spread = used[task.form] < 3 and all(used[operand] < most for operand in task.operands)
+            spread = used[task.form] < min(most, 3) and all(used[operand] < most for operand in task.operands)
             if len(chosen) < n_validation + n_test and spread and not links(task) & held_out:
                 chosen.append(task)
                 held_out |= links(task)

@@ -56,6 +56,8 @@ def parser():
     g.add_argument("--lambda-ins", type=number_or_sigmoid, default="sigmoid", help="λ2, a number or `sigmoid` (of L_ins)")
     g.add_argument("--alignment", default="factors", choices=["none", "factors", "product"], help="what L_ins compares")
     g.add_argument("--kl-teacher", default="lora", help="lora (Eq. 5), meta, or a checkpoint with the same vocabulary")
+    g.add_argument("--teacher-demos", default=True, help="the teacher reads the demonstrations too, where the student's "
+                   "instruction has them", **config.flag)
     g.add_argument("--temperature", type=config.at_least(0.01, float), default=1.0,
                    help="of both distributions in L_kl, which is then x T²")
     g.add_argument("--standardize-logits", default=False, help="z-score both models' logits before the softmax", **config.flag)
@@ -123,8 +125,9 @@ def finetune_batches(options, tagi):
             "index": torch.arange(len(draws), device=device).repeat_interleave(options.instances),      # instance -> task
             "unit": torch.tensor([units.index(data.unit_of(d.task, options.unit)) for d in draws], device=device)}
         if options.lambda_kl:
-            batch["prompt"] = data.tokenize_instructed(tokenizer, [(d.definition, d.demonstrations, x) for d, x, _ in pairs],
-                                                       options.max_input, device)
+            batch["prompt"] = data.tokenize_instructed(tokenizer, [
+                (d.definition, d.demonstrations if options.teacher_demos else [], x) for d, x, _ in pairs], options.max_input,
+                device)
         return batch
 
     return get_batch, units

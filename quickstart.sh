@@ -21,5 +21,5 @@ fi
 run train_teacher.py $fresh
 run train_hyper.py --stage pretrain $fresh
 run train_hyper.py --stage finetune $fresh
-run evaluate.py --bench sample --checkpoint runs/sample/finetune --floor 70 --floor-margin 50
+run evaluate.py --bench sample --checkpoint runs/sample/finetune --floor 45 --floor-margin 40
 echo; echo "quick start: $((SECONDS - begin)) s"

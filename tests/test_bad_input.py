@@ -278,7 +278,7 @@ def test_training_texts_over_the_limit_are_cut_with_one_warning(project, monkeyp
     flag = "--max-instruction=9" if stage == "finetune" else "--max-input=9"
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        project.run(stage, "--name=other", "--demos=2", flag, "--steps=3")
+        project.run(stage, "--name=other", "--demos=2", flag, "--max-output=16", "--steps=3")    # outputs fit
     assert len(warned(seen)) == 1 and project.record("other")["finished"]
 
 

@@ -70,11 +70,16 @@ def read_yaml(path: str, remedy: str) -> dict:
 # ----------------------------------------------------------------------------------------------------- optimization
 
 def learning_rate(options, step: int) -> float:
-    """Warm-up over the first share of the steps, then linear to 0, cosine to 3 % or constant; step counts from 0."""
-    warmup = max(1, round(options.warmup * options.steps))
+    """Warm-up over the first share of the steps, then linear to 0, cosine to 3 % or constant; step counts from 0.
+
+    With --restart that is done twice: up to this share of the steps, and from there to the end.
+    """
+    steps, restart = options.steps, round(options.restart * options.steps)
+    step, steps = (step, restart) if step < restart else (step - restart, steps - restart)
+    warmup = max(1, round(options.warmup * steps))
     if step < warmup:
         return options.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, options.steps - warmup)
+    done = (step - warmup) / max(1, steps - warmup)
     return options.lr * {"linear": 1 - done, "cosine": 0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2,
                          "constant": 1.0}[options.schedule]
 

@@ -117,14 +117,7 @@ _warned = set()
 
 def tokenize(tokenizer, texts: list[str], limit: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, attention mask), both (N, T), right-padded; a text over `limit` tokens is cut, with one warning a limit."""
-    ids = tokenizer(texts)["input_ids"]
-    longest = max(map(len, ids))
-    if longest > limit:
-        if limit not in _warned:
-            warnings.warn(f"a text of {longest} tokens was cut to the limit of {limit}", stacklevel=2)
-            _warned.add(limit)
-        ids = [row if len(row) <= limit else row[:limit - 1] + [tokenizer.eos_token_id] for row in ids]
-    return pad(ids, tokenizer.pad_token_id, device)
+    return cut_and_pad(tokenizer, tokenizer(texts)["input_ids"], limit, device)
 
 
 def tokenize_instructed(tokenizer, items: list[tuple], limit: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,14 +130,22 @@ def tokenize_instructed(tokenizer, items: list[tuple], limit: int, device="cpu")
         return instruction_text(definition, demonstrations) if instance is None else prompt_text(
             definition, demonstrations, instance)
 
-    texts = [text(*item) for item in items]
-    for n, ids in enumerate(tokenizer(texts)["input_ids"]):
-        definition, demonstrations, *instance = items[n]
-        while len(ids) > limit and demonstrations:
+    rows = tokenizer([text(*item) for item in items])["input_ids"]
+    for n, (definition, demonstrations, *instance) in enumerate(items):
+        while len(rows[n]) > limit and demonstrations:
             demonstrations = demonstrations[:-1]
-            texts[n] = text(definition, demonstrations, *instance)
-            ids = tokenizer(texts[n])["input_ids"]
-    return tokenize(tokenizer, texts, limit, device)
+            rows[n] = tokenizer(text(definition, demonstrations, *instance))["input_ids"]
+    return cut_and_pad(tokenizer, rows, limit, device)
+
+
+def cut_and_pad(tokenizer, rows: list[list[int]], limit: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    if longest > limit:
+        if limit not in _warned:
+            warnings.warn(f"a text of {longest} tokens was cut to the limit of {limit}", stacklevel=3)
+            _warned.add(limit)
+        rows = [row if len(row) <= limit else row[:limit - 1] + [tokenizer.eos_token_id] for row in rows]
+    return pad(rows, tokenizer.pad_token_id, device)
 
 
 def pad(rows: list[list[int]], value: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,14 +180,17 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(list(key))
 
 
-def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, demos: str,
-               vary: bool = False) -> list[Draw]:
-    """n_tasks tasks, each with one of its wordings and n_instances instances; demos: "0", "2" or "mixed".
+def n_demonstrations(demos: str, seed: int, step: int) -> int:
+    """0 or 2. "mixed": two in every other step, on average; one choice for a step keeps padding low and ranks together."""
+    return 2 * (generator(seed, step, 0, 1).random() < 1 / 2) if demos == "mixed" else int(demos)
 
-    mixed: every other micro-batch, on average, has two demonstrations; one choice a batch keeps padding low.
+
+def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, n_demos: int,
+               vary: bool = False) -> list[Draw]:
+    """n_tasks tasks, each with one of its wordings, n_instances instances and n_demos demonstrations.
+
     vary: demonstrations are drawn from the task's instances; else they are its first positive examples, as in the tests.
     """
-    n_demos = 2 * int(rng.integers(2)) if demos == "mixed" else int(demos)
     picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks))
     return [draw_task(tasks[t], rng, n_instances, n_demos, vary) for t in picks]
 
@@ -217,12 +221,20 @@ def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
     return documents
 
 
-def cut_document(ids: list[int], parts: int, limit: int, rng: np.random.Generator) -> list[list[int]]:
-    """A window of at most `limit` tokens cut at random into `parts` pieces, none empty."""
-    start = int(rng.integers(max(len(ids) - limit, 0) + 1))
-    window = ids[start:start + limit]
-    cuts = [0, *sorted(rng.choice(np.arange(1, len(window)), parts - 1, replace=False).tolist()), len(window)]
-    return [window[i:j] for i, j in zip(cuts, cuts[1:])]
+def cut_documents(documents: list[list[int]], n: int, parts: int, limit: int, rng: np.random.Generator) -> list[list[list[int]]]:
+    """n documents drawn at random; of each a window of at most `limit` tokens, in `parts` pieces, none empty.
+
+    All are cut at the same shares of their length, drawn once a batch: its pieces are then about as long, and padding is low.
+    """
+    shares, rows = np.sort(rng.random(parts - 1)), []
+    for i in rng.integers(len(documents), size=n):
+        start = int(rng.integers(max(len(documents[i]) - limit, 0) + 1))
+        window = documents[i][start:start + limit]
+        cuts = [0]
+        for k, share in enumerate(shares, 1):
+            cuts.append(min(max(round(share * len(window)), cuts[-1] + 1), len(window) - parts + k))
+        rows.append([window[a:b] for a, b in zip(cuts, [*cuts[1:], len(window)])])
+    return rows
 
 
 def unit_of(task: Task, unit: str) -> str:

@@ -47,6 +47,7 @@ def parser():
     g.add_argument("--ablations", default=False, help="retrain finetuning without each part, on suites of several seeds",
                    **config.flag)
     g.add_argument("--seeds", type=config.positive, default=3)
+    g.add_argument("--processes", type=config.positive, default=2, help="that train together (torchrun --nproc-per-node)")
     return p
 
 
@@ -186,12 +187,13 @@ def predict_rows(bench, tagi_only):
 # ------------------------------------------------------------------------------------------------------------- cost
 
 def measure_cost(bench, demos, n=100, repeats=7, n_tasks=4):
-    """FLOPs and milliseconds per instance for n instances of one task, every answer decoded to the same length.
+    """FLOPs and milliseconds per instance for n instances of one task, every answer decoded to the mean length of the references.
 
     {row: {"flops": .., "ms": ..}}: FLOPs from PyTorch's counter, adapter generation and merging included; times are
     medians over tasks and repeats, the ways taking turns.
     """
-    tagi, length = bench.tagi, 8
+    references = data.labels(bench.tokenizer, [x.outputs[0] for t in bench.tasks for x in t.instances], bench.options.max_output)
+    tagi, length = bench.tagi, round((references != data.IGNORE).sum(1).float().mean().item())
     fixed = {"min_new_tokens": length, "max_new_tokens": length}
     bench.meta_llm()
 

@@ -1,4 +1,5 @@
 """Tables: intervals, the main table, and the ablations' retraining and summary."""
+import functools
 import json
 import os
 import subprocess
@@ -67,19 +68,20 @@ def ablations(options) -> None:
     Everything a row needs, each suite's base, baseline, teachers and pretraining, is run where it is missing; finished
     parts are kept, so an interrupted run goes on. The parts are retrained without, never switched off after training.
     """
+    train = functools.partial(python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}")
     scores = {}                                                     # row -> [one {(row, demos): exact match} a seed]
     for seed in range(options.seeds):
         shared = ["--config", options.config, f"--seed={seed}", f"--data={options.data}-seed{seed}",
-                  f"--runs={options.runs}-seed{seed}", f"--threads={options.threads}"]
+                  f"--runs={options.runs}-seed{seed}"]
         folder = f"{options.runs}-seed{seed}"
         if not os.path.isdir(f"{options.data}-seed{seed}"):
             python("sample.py", f"--out={options.data}-seed{seed}", f"--seed={seed}")
-        python("train_teacher.py", *shared)
-        python("train_teacher.py", *shared, "--stage=lora", "--unit=all", "--name=lora-all", "--tasks=48", "--steps=400")
-        python("train_hyper.py", "--stage=pretrain", *shared)
+        train("train_teacher.py", *shared)
+        train("train_teacher.py", *shared, "--stage=lora", "--unit=all", "--name=lora-all", "--tasks=48", "--steps=200")
+        train("train_hyper.py", "--stage=pretrain", *shared)
         for row, flags in ABLATIONS.items():
             name = "finetune" if not flags else "finetune" + "".join(flags).replace("--", "-").replace("=", "-")
-            python("train_hyper.py", "--stage=finetune", *shared, f"--name={name}", *flags)
+            train("train_hyper.py", "--stage=finetune", *shared, f"--name={name}", *flags)
             out = f"{folder}/evaluate-{name}"
             if not os.path.isfile(f"{out}/results.json"):
                 python("evaluate.py", *shared, f"--checkpoint={folder}/{name}", f"--out={out}", f"--split={options.split}",

@@ -55,6 +55,7 @@ ATTRIBUTES = {a: (slot, said, values.split()) for a, (slot, said, values) in TAB
 POSITIONS, LABELS, QUOTA = TABLES["positions"], TABLES["labels"], TABLES["quota"]
 PHRASE_FORMATS, LAYOUT_FORMATS = TABLES["phrase_formats"], TABLES["layout_formats"]
 FORMATS = {**PHRASE_FORMATS, **LAYOUT_FORMATS}
+COPIES = ("twice", "thrice")
 JOINERS, JOINED, IN_ORDER = TABLES["joiners"], TABLES["joined"], TABLES["in_order"]
 EVENTS, INPUT_NOUNS, OPENINGS = TABLES["events"], TABLES["input_nouns"], TABLES["openings"]
 ASKS, CLASS_ASKS = TABLES["asks"], TABLES["class_asks"]
@@ -99,7 +100,7 @@ def make_record(rng, source, required=()):
     values = {slot: rng.choice(SLOTS[slot][1]) for slot in SLOTS}
     if source == "list":
         others = [slot for slot in SLOTS if slot not in required]
-        kinds = list(required) + rng.sample(others, rng.randint(4, 6) - len(required))
+        kinds = list(required) + rng.sample(others, rng.randint(3, 5) - len(required))
         rng.shuffle(kinds)
         items = [values[kind] for kind in kinds]
         return Record(" , ".join(items) + " .", {kind: values[kind] for kind in kinds}, items)
@@ -107,7 +108,7 @@ def make_record(rng, source, required=()):
 
     def keep_or_drop(match):
         needed = any("{%s}" % slot in match[1] for slot in required)
-        return match[1] if needed or rng.random() < 0.6 else ""
+        return match[1] if needed or rng.random() < 0.4 else ""
 
     template = " ".join(re.sub(r"\[(.*?)\]", keep_or_drop, template).split())
     present = re.findall(r"\{(\w+)\}", template)
@@ -156,7 +157,7 @@ def draw_examples(rng, task, n):
 def operand_phrase(rng, operand):
     """One wording of what to find, such as 'the town'."""
     if operand in POSITIONS:
-        return f"the {operand} {rng.choice(('item', 'word'))}"
+        return f"the {rng.choice(('item', 'word'))} at the {operand}"
     if operand in ATTRIBUTES:
         slot, said, _ = ATTRIBUTES[operand]
         return f"the {rng.choice(SLOTS[slot][0])} {said}"
@@ -197,14 +198,14 @@ def definitions(rng, task, unseen=False):
 def candidates(category):
     """All tasks of a category."""
     mixed = [*itertools.product(SLOTS, MAPS), *itertools.product(MAPS, SLOTS)]
-    selectors = [*POSITIONS, "animal", "colour", "city", "food", "object"]
+    selectors = [*POSITIONS, *SLOTS]
     source, operands, forms = {
         "Information Extraction": ("sentence", [(s,) for s in SLOTS], PHRASE_FORMATS),
         "Text Formatting": ("sentence", [(s,) for s in SLOTS], LAYOUT_FORMATS),
-        "Word Mapping": ("sentence", [(m,) for m in MAPS], FORMATS),
+        "Word Mapping": ("sentence", [(m,) for m in MAPS], [form for form in FORMATS if form not in COPIES]),
         "Pair Extraction": ("sentence", list(itertools.permutations(SLOTS, 2)), JOINERS),
         "Mixed Pairs": ("sentence", mixed, JOINERS),
-        "List Selection": ("list", [(s,) for s in [*POSITIONS, *SLOTS]], FORMATS),
+        "List Selection": ("list", [(s,) for s in selectors], FORMATS),
         "List Pairs": ("list", list(itertools.permutations(selectors, 2)), JOINERS),
         "Text Classification": ("sentence", [(a,) for a in ATTRIBUTES], LABELS),
         "Triple Extraction": ("sentence", list(itertools.permutations(SLOTS, 3)), JOINERS),
@@ -298,7 +299,13 @@ def task_file(rng, name, task, n):
 
 def document(rng):
     """One document of the corpus (see the top of this file)."""
-    record = make_record(rng, rng.choice(("sentence", "sentence", "list")))
+    source = rng.choice(("sentence", "sentence", "list"))
+    if rng.random() < 0.4:
+        operand = rng.choice([*SLOTS, *MAPS] + list(POSITIONS) * 2 * (source == "list"))
+        records = [make_record(rng, source, {slot_of(operand)} - {None}) for _ in range(2)]
+        return " ".join([f"What is {operand_phrase(rng, operand)} ?",
+                         *(f"{record.text} {value_of(operand, record)} ." for record in records)])
+    record = make_record(rng, source)
     known = [o for o in (*SLOTS, *MAPS, *ATTRIBUTES) if slot_of(o) in record.facts]
     if record.items:
         known += list(POSITIONS) * 2

@@ -98,8 +98,7 @@ def pretrain_batches(options, tagi):
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        cuts = [data.cut_document(documents[i], 3, options.text_length, rng)
-                for i in rng.integers(len(documents), size=options.tasks * options.instances)]
+        cuts = data.cut_documents(documents, options.tasks * options.instances, 3, options.text_length, rng)
         a, b, c = ([part + [eos] for part in parts] for parts in zip(*cuts))
         return {"instruction": data.pad(a, pad, options.device), "input": data.pad(b, pad, options.device),
                 "labels": data.pad(c, data.IGNORE, options.device)[0], "index": torch.arange(len(a), device=options.device)}
@@ -115,7 +114,8 @@ def finetune_batches(options, tagi):
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        draws = data.draw_tasks(tasks, rng, options.tasks, options.instances, options.demos, options.vary_demos)
+        demos = data.n_demonstrations(options.demos, options.seed, step)
+        draws = data.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
         pairs = [(draw, *pair) for draw in draws for pair in draw.pairs]
         batch = {
             "instruction": data.tokenize_instructed(tokenizer, [(d.definition, d.demonstrations) for d in draws],

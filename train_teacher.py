@@ -45,7 +45,7 @@ def parser():
     g.add_argument("--drop-instruction", type=float, default=0.0, help="share of examples that hold the input alone")
     g.add_argument("--easy-first", type=float, default=0.0, help="share of the steps, at the start, on tasks with answers of "
                    "one or two words, in one wording; a model made from nothing needs it")
-    g.add_argument("--demos-after", type=float, default=0.0, help="share of the steps without demonstrations, from the start")
+    g.add_argument("--demos-after", type=float, default=0.0, help="share of the steps without demonstrations, at the start")
     g = p.add_argument_group("lora")
     g.add_argument("--teachers-at-once", type=config.positive, default=16, help="LoRA teachers trained side by side in one batch")
     return p
@@ -58,7 +58,8 @@ def tiny_t5(options, tokenizer):
     torch.manual_seed(options.seed)
     shape = T5Config(vocab_size=len(tokenizer), d_model=options.width, d_kv=options.width // options.heads,
                      d_ff=options.ff, num_layers=options.layers, num_heads=options.heads, dropout_rate=0.0,
-                     feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+                     feed_forward_proj="gated-gelu_pytorch_tanh",         # gated-gelu's function, in one kernel
+                     tie_word_embeddings=False, decoder_start_token_id=0)
     llm = AutoModelForSeq2SeqLM.from_config(shape)
     with torch.no_grad():
         llm.shared.weight *= 0.3
@@ -126,8 +127,7 @@ def train_base(options, rank, world):
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        rows = [data.cut_document(documents[i], 2, options.text_length, rng)
-                for i in rng.integers(len(documents), size=options.tasks * options.instances)]
+        rows = data.cut_documents(documents, options.tasks * options.instances, 2, options.text_length, rng)
         ids, mask = data.pad([a + [eos] for a, _ in rows], pad, options.device)
         labels, _ = data.pad([b + [eos] for _, b in rows], data.IGNORE, options.device)
         return ids, mask, labels
@@ -155,7 +155,8 @@ def train_meta(options, rank, world):
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
         first = step < options.easy_first * options.steps
-        demos = "0" if step < options.demos_after * options.steps else options.demos
+        early = step < options.demos_after * options.steps
+        demos = 0 if early else data.n_demonstrations(options.demos, options.seed, step)
         items, targets = [], []
         for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances, demos, options.vary_demos):
             for text, target in draw.pairs:
@@ -209,9 +210,10 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
         for g in optimizer.param_groups:
             g["lr"] = lr
         items, targets, owner = [], [], []
+        demos = data.n_demonstrations(options.demos, options.seed, step)
         for u, unit in enumerate(group):
             rng = data.generator(options.seed, step, numbers[unit])         # the same examples alone or in a group
-            for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, options.demos, options.vary_demos):
+            for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, demos, options.vary_demos):
                 items += [(draw.definition, draw.demonstrations, text) for text, _ in draw.pairs]
                 targets += [target for _, target in draw.pairs]
                 owner += [u] * len(draw.pairs)

@@ -181,7 +181,8 @@ def test_texts_are_padded_right_and_labels_ignore_padding():
 def test_draws_are_a_pure_function_of_their_key(tasks):
     """The same (seed, step, micro-batch) draws the same, another one something else; pairs are the task's own."""
     def draw(*key, n=2, instances=3, demos="mixed"):
-        return data.draw_tasks(tasks, data.generator(*key), n, instances, demos)
+        n_demos = data.n_demonstrations(demos, *key[:2])
+        return data.draw_tasks(tasks, data.generator(*key), n, instances, n_demos)
 
     assert draw(0, 1, 2) == draw(0, 1, 2)
     assert len({str(draw(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1)]}) == 5
@@ -200,7 +201,8 @@ def test_document_is_cut_into_pieces_that_join_to_a_window(length, parts, limit)
     """No piece is empty, nothing is lost or repeated, every window can come, and cuts vary."""
     ids, seen = list(range(length)), set()
     for step in range(60):
-        pieces = data.cut_document(ids, parts, limit, data.generator(0, step))
+        pieces, again = data.cut_documents([ids], 2, parts, limit, data.generator(0, step))
+        assert list(map(len, pieces)) == list(map(len, again))          # one place to cut, the same for the whole batch
         window = [i for piece in pieces for i in piece]
         assert len(pieces) == parts and all(pieces) and len(window) == min(length, limit)
         assert window == ids[window[0]:window[0] + len(window)]

@@ -23,8 +23,6 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-
-
 SUITE = "data/sample"                           # the built-in suite's folder; written where it is missing
 
 
@@ -87,7 +85,8 @@ def learning_rate(options, step: int) -> float:
 def make_optimizer(parameters, options):
     if options.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, options.beta2), weight_decay=options.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, options.beta2), weight_decay=options.weight_decay,
+                             fused=True)
 
 
 # -------------------------------------------------------------------------------------------------------- processes

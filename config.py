@@ -54,10 +54,10 @@ def add_shared_options(parser: Parser) -> None:
     g.add_argument("--max-instances", type=positive, default=100, help="instances per training task")
     g.add_argument("--demos", default="0", choices=["0", "2", "mixed"],
                    help="demonstrations beside the definition; mixed: 2 in every other step, drawn, else 0")
-    g.add_argument("--vary-demos", default=False, help="train with demonstrations drawn from the task's instances instead of "
-                   "its first positive examples", **flag)
-    g.add_argument("--max-instruction", type=positive, default=1024, help="tokens of an instruction, demonstrations included")
-    g.add_argument("--max-input", type=positive, default=1024, help="tokens of an input, instruction included where it is read")
+    g.add_argument("--vary-demos", default=False, help="train with demonstrations drawn from the task's instances instead "
+                   "of its first positive examples", **flag)
+    g.add_argument("--max-instruction", type=positive, default=1024, help="tokens of an instruction with demonstrations")
+    g.add_argument("--max-input", type=positive, default=1024, help="tokens of an input, with instruction where it is read")
     g.add_argument("--max-output", type=positive, default=128, help="tokens of an output")
     g = parser.add_argument_group("models")
     g.add_argument("--model", default="tiny", help="any T5-family checkpoint or folder, or `tiny`: trained here")
@@ -81,7 +81,8 @@ def add_training_options(parser: Parser, steps: int) -> None:
     g.add_argument("--lr", type=at_least(0, float), default=1e-4)
     g.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"])
     g.add_argument("--warmup", type=at_least(0, float), default=0.02, help="share of the steps")
-    g.add_argument("--restart", type=at_least(0, float), default=0, help="share of the steps after which the schedule starts anew")
+    g.add_argument("--restart", type=at_least(0, float), default=0,
+                   help="share of the steps after which the schedule starts anew")
     g.add_argument("--weight-decay", type=at_least(0, float), default=0.01)
     g.add_argument("--beta2", type=at_least(0, float), default=0.999)
     g.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm; 0: no clipping")

@@ -199,7 +199,8 @@ def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: i
     definition = task.definitions[rng.integers(len(task.definitions))]
     n = n_instances + n_demos * vary
     rows = rng.choice(len(task.instances), n, replace=n > len(task.instances))
-    pairs = [(task.instances[i].input, task.instances[i].outputs[rng.integers(len(task.instances[i].outputs))]) for i in rows]
+    drawn = [task.instances[i] for i in rows]
+    pairs = [(x.input, x.outputs[rng.integers(len(x.outputs))]) for x in drawn]
     demonstrations = pairs[n_instances:] if vary else task.demonstrations[:n_demos]
     return Draw(task, definition, demonstrations, pairs[:n_instances])
 
@@ -221,10 +222,11 @@ def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
     return documents
 
 
-def cut_documents(documents: list[list[int]], n: int, parts: int, limit: int, rng: np.random.Generator) -> list[list[list[int]]]:
+def cut_documents(documents: list[list[int]], n: int, parts: int, limit: int,
+                  rng: np.random.Generator) -> list[list[list[int]]]:
     """n documents drawn at random; of each a window of at most `limit` tokens, in `parts` pieces, none empty.
 
-    All are cut at the same shares of their length, drawn once a batch: its pieces are then about as long, and padding is low.
+    All are cut at the same shares of their length, drawn once a batch: its pieces are then of like length, padding is low.
     """
     shares, rows = np.sort(rng.random(parts - 1)), []
     for i in rng.integers(len(documents), size=n):

@@ -127,7 +127,8 @@ class Bench:
         folder = os.path.join(self.options.runs, "meta")
         if not hasattr(self, "_meta"):
             same = common.fingerprint(self.tagi.llm) == common.fingerprint(common.load_llm(folder)[0])
-            self._meta = None if same else common.load_llm(folder, self.options.device, self.options.precision, self.tagi.options.attention)[0]
+            self._meta = None if same else common.load_llm(
+                folder, self.options.device, self.options.precision, self.tagi.options.attention)[0]
         return self._meta
 
     def without_instruction(self, tasks, demos):
@@ -187,13 +188,13 @@ def predict_rows(bench, tagi_only):
 # ------------------------------------------------------------------------------------------------------------- cost
 
 def measure_cost(bench, demos, n=100, repeats=7, n_tasks=4):
-    """FLOPs and milliseconds per instance for n instances of one task, every answer decoded to the mean length of the references.
+    """FLOPs and milliseconds per instance for n instances of one task, every answer as long as the mean reference.
 
     {row: {"flops": .., "ms": ..}}: FLOPs from PyTorch's counter, adapter generation and merging included; times are
     medians over tasks and repeats, the ways taking turns.
     """
-    references = data.labels(bench.tokenizer, [x.outputs[0] for t in bench.tasks for x in t.instances], bench.options.max_output)
-    tagi, length = bench.tagi, round((references != data.IGNORE).sum(1).float().mean().item())
+    references = [x.outputs[0] for t in bench.tasks for x in t.instances]
+    tagi, length = bench.tagi, round(np.mean([len(ids) for ids in bench.tokenizer(references)["input_ids"]]))
     fixed = {"min_new_tokens": length, "max_new_tokens": length}
     bench.meta_llm()
 

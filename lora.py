@@ -18,7 +18,7 @@ Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus `scaling * x Aᵀ Bᵀ` with whatever A and B `set_weights` put there (none: the layer itself)."""
+    """A frozen linear layer plus `scaling * x Aᵀ Bᵀ`, with the A and B that `set_weights` put there (none: the layer)."""
 
     def __init__(self, linear: nn.Linear, scaling: float):
         super().__init__()
@@ -47,7 +47,8 @@ def inject_lora(model: nn.Module, targets, r: int, alpha: float) -> dict[str, Lo
 
     The update is scaled by alpha / r. Layers are found by walking the modules, so T5 v1.0, v1.1, mT5 and their kin
     need no paths of their own; a model already wrapped is wrapped anew around the same linear layers.
-    Returns {site: wrapper} in module order. Raises ValueError where r < 1, UserError (a ValueError) where a target matches no linear layer.
+    Returns {site: wrapper} in module order. Raises ValueError where r < 1, UserError (a ValueError) where a target
+    matches no linear layer.
     """
     if r < 1:
         raise ValueError(f"LoRA rank must be at least 1, not {r}")

@@ -69,23 +69,24 @@ def ablations(options) -> None:
     parts are kept, so an interrupted run goes on. The parts are retrained without, never switched off after training.
     """
     train = functools.partial(python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}")
-    scores = {}                                                     # row -> [one {(row, demos): exact match} a seed]
-    for seed in range(options.seeds):
-        shared = ["--config", options.config, f"--seed={seed}", f"--data={options.data}-seed{seed}",
-                  f"--runs={options.runs}-seed{seed}"]
-        folder = f"{options.runs}-seed{seed}"
-        if not os.path.isdir(f"{options.data}-seed{seed}"):
-            python("sample.py", f"--out={options.data}-seed{seed}", f"--seed={seed}")
-        train("train_teacher.py", *shared)
-        train("train_teacher.py", *shared, "--stage=lora", "--unit=all", "--name=lora-all", "--tasks=48", "--steps=200")
-        train("train_hyper.py", "--stage=pretrain", *shared)
-        for row, flags in ABLATIONS.items():
-            name = "finetune" if not flags else "finetune" + "".join(flags).replace("--", "-").replace("=", "-")
-            train("train_hyper.py", "--stage=finetune", *shared, f"--name={name}", *flags)
-            out = f"{folder}/evaluate-{name}"
+    names = [("-seed%d" % seed) * (seed > 0) for seed in range(options.seeds)]      # seed 0 is the quick start's suite
+    shared = [["--config", options.config, f"--seed={seed}", f"--data={options.data}{name}", f"--runs={options.runs}{name}"]
+              for seed, name in enumerate(names)]
+    for seed, name in enumerate(names):
+        if not os.path.isdir(options.data + name):
+            python("sample.py", f"--out={options.data}{name}", f"--seed={seed}")
+        train("train_teacher.py", *shared[seed])
+        train("train_teacher.py", *shared[seed], "--stage=lora", "--unit=all", "--name=lora-all", "--tasks=48")
+        train("train_hyper.py", "--stage=pretrain", *shared[seed])
+    scores = {}                                                     # row -> {demos: [one result a seed]}
+    for row, flags in ABLATIONS.items():
+        run = "finetune" + "".join(flags).replace("--", "-").replace("=", "-")
+        for seed, name in enumerate(names):
+            train("train_hyper.py", "--stage=finetune", *shared[seed], f"--name={run}", *flags)
+            out = f"{options.runs}{name}/evaluate-{run}"
             if not os.path.isfile(f"{out}/results.json"):
-                python("evaluate.py", *shared, f"--checkpoint={folder}/{name}", f"--out={out}", f"--split={options.split}",
-                       *([] if not flags else ["--tagi-only"]))
+                python("evaluate.py", *shared[seed], f"--checkpoint={options.runs}{name}/{run}", f"--out={out}",
+                       f"--split={options.split}", *["--tagi-only"] * bool(flags))
             with open(f"{out}/results.json") as f:
                 for r in json.load(f)["results"]:
                     label = row if r["row"] == "TAGI, right instruction" else r["row"]
@@ -101,8 +102,8 @@ def ablation_table(scores: dict, options) -> str:
     A difference is called noise where it is within two standard errors of zero.
     """
     whole = scores["TAGI, whole method"]
-    lines = [f"{options.split} tasks, exact match, mean ± standard deviation over {options.seeds} suite seeds; in brackets the "
-             "difference from the whole method", "", "| | " + " | ".join(SETTINGS.values()) + " |", "|---|---|---|"]
+    lines = [f"{options.split} tasks, exact match, mean ± standard deviation over {options.seeds} suite seeds; in brackets "
+             "the difference from the whole method", "", "| | " + " | ".join(SETTINGS.values()) + " |", "|---|---|---|"]
     for row, by_demos in scores.items():
         cells = []
         for demos in SETTINGS:

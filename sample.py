@@ -10,14 +10,15 @@ Files under --out:
     tasks/*.json                 one task a file, keys as in Super-NaturalInstructions
     splits/default/*_tasks.txt   train, validation, test, and test_unseen_wording: the test tasks again,
                                  defined in sentence patterns that no other task uses
-    corpus.txt                   one document a line. Each holds an event or a list, statements and
+    corpus.txt                   one document a line. Most hold an event or a list, statements and
                                  questions about it with their answers, and glosses ("red twice is red
-                                 red ."). Made by the generators of the task inputs and with the words
-                                 of the definitions, so it suits the tasks far better than web text
-                                 would: a question before a text, answered behind it by a bare word, is
-                                 close to the tasks that ask for one word alone, held-out ones too. No
-                                 more than that: only one question stands before a text, so no ordered
-                                 pair is asked for, and glosses are about words drawn at random.
+                                 red ."); two in five put one question to two events or lists in turn.
+                                 Made by the generators of the task inputs and with the words of the
+                                 definitions, so it suits the tasks far better than web text would: a
+                                 question before a text, answered behind it by a bare word, is close to
+                                 the tasks that ask for one word alone, held-out ones too. No more than
+                                 that: only one question stands before a text, so no ordered pair of
+                                 things in it is asked for, and glosses are about words drawn at random.
     tokenizer/                   SentencePiece unigram model of these words, as a Transformers T5 tokenizer
 """
 import argparse
@@ -33,15 +34,15 @@ from typing import NamedTuple
 
 import yaml
 
-# One record, shortened (--seed 0, tasks/task044_sentence_city_food_plus.json):
+# One record, shortened (--seed 0, tasks/task061_sentence_colour_city_plus.json):
 # {"Categories": ["Pair Extraction"],
-#  "Definition": ["Look at the text . Write the city and then the meal joined by the word plus .", ...],
-#  "Positive Examples": [{"input": "A clerk named Lucy paid twelve coins for pasta and a table in Tokyo .",
-#                         "output": "Tokyo plus pasta", "explanation": "Here the town is Tokyo and pasta is the food ."}, ...],
+#  "Definition": ["You will read a text . Please tell us first the colour , followed by the town . Give them joined ...", ...],
+#  "Positive Examples": [{"input": "With a horse and a black table , David came to Berlin by car on Tuesday .",
+#                         "output": "black plus Berlin",
+#                         "explanation": "Here the shade is black and Berlin is the city ."}, ...],
 #  "Negative Examples": [...],
-#  "Instances": [{"id": "task044_sentence_city_food_plus-0",
-#                 "input": "A nurse named Anna paid seven coins for candy and a bag in Cairo .",
-#                 "output": ["Cairo plus candy"]}, ...]}
+#  "Instances": [{"id": "task061_sentence_colour_city_plus-0",
+#                 "input": "The blue tram left Boston with Mark and a dog .", "output": ["blue plus Boston"]}, ...]}
 
 # Tables; assets/suite.yaml explains each.
 
@@ -52,7 +53,7 @@ SLOTS = {slot: (nouns.split(), values.split()) for slot, (nouns, values) in TABL
 MAPS = {m: (slot, phrases, dict(zip(SLOTS[slot][1], images.split())))  # the last: value -> image
         for m, (slot, phrases, images) in TABLES["maps"].items()}
 ATTRIBUTES = {a: (slot, said, values.split()) for a, (slot, said, values) in TABLES["attributes"].items()}
-POSITIONS, LABELS, QUOTA = TABLES["positions"], TABLES["labels"], TABLES["quota"]
+LABELS, QUOTA = TABLES["labels"], TABLES["quota"]
 PHRASE_FORMATS, LAYOUT_FORMATS = TABLES["phrase_formats"], TABLES["layout_formats"]
 FORMATS = {**PHRASE_FORMATS, **LAYOUT_FORMATS}
 COPIES = ("twice", "thrice")
@@ -70,29 +71,28 @@ PROMPT = "Definition: Input: Output: Explanation: Positive Negative Example 1 2 
 class Task(NamedTuple):
     category: str
     source: str  # what the input is: 'sentence' or 'list'
-    operands: tuple  # what to find, in order: slots, mappings, positions, or one attribute
+    operands: tuple  # what to find, in order: slots, mappings, or one attribute
     form: str  # key of FORMATS (one operand), JOINERS (several) or LABELS (classification)
 
 
 class Record(NamedTuple):
     text: str
     facts: dict  # slot -> value
-    items: list  # values in order; empty for a sentence
 
 
 # Inputs and answers
 
 def slot_of(operand):
-    """Slot that an operand reads, or None for a list position."""
+    """Slot that an operand reads."""
     for table in (MAPS, ATTRIBUTES):
         if operand in table:
             return table[operand][0]
-    return operand if operand in SLOTS else None
+    return operand
 
 
 def required_slots(task):
     """Slots that an input must contain for `task`."""
-    return sorted({slot_of(operand) for operand in task.operands} - {None})
+    return sorted({slot_of(operand) for operand in task.operands})
 
 
 def make_record(rng, source, required=()):
@@ -102,8 +102,7 @@ def make_record(rng, source, required=()):
         others = [slot for slot in SLOTS if slot not in required]
         kinds = list(required) + rng.sample(others, rng.randint(3, 5) - len(required))
         rng.shuffle(kinds)
-        items = [values[kind] for kind in kinds]
-        return Record(" , ".join(items) + " .", {kind: values[kind] for kind in kinds}, items)
+        return Record(" , ".join(values[kind] for kind in kinds) + " .", {kind: values[kind] for kind in kinds})
     template = rng.choice([t for t in EVENTS if all("{%s}" % slot in t for slot in required)])
 
     def keep_or_drop(match):
@@ -112,13 +111,11 @@ def make_record(rng, source, required=()):
 
     template = " ".join(re.sub(r"\[(.*?)\]", keep_or_drop, template).split())
     present = re.findall(r"\{(\w+)\}", template)
-    return Record(template.format(**values), {slot: values[slot] for slot in present}, [])
+    return Record(template.format(**values), {slot: values[slot] for slot in present})
 
 
 def value_of(operand, record):
     """What an operand refers to in a record: a word, or True/False for an attribute."""
-    if operand in POSITIONS:
-        return record.items[POSITIONS[operand]]
     value = record.facts[slot_of(operand)]
     if operand in ATTRIBUTES:
         return value in ATTRIBUTES[operand][2]
@@ -156,8 +153,6 @@ def draw_examples(rng, task, n):
 
 def operand_phrase(rng, operand):
     """One wording of what to find, such as 'the town'."""
-    if operand in POSITIONS:
-        return f"the {rng.choice(('item', 'word'))} at the {operand}"
     if operand in ATTRIBUTES:
         slot, said, _ = ATTRIBUTES[operand]
         return f"the {rng.choice(SLOTS[slot][0])} {said}"
@@ -176,7 +171,7 @@ def define(rng, task, ask):
     if task.form in LABELS:
         return ask.format(n=noun, c=phrases[0], p=LABELS[task.form][0], q=LABELS[task.form][1])
     if len(phrases) > 1:
-        phrases = [rng.choice(IN_ORDER[len(phrases)]).format(*phrases)]
+        phrases = [rng.choice(IN_ORDER).format(*phrases)]
     it = "it" if len(task.operands) == 1 else "them"
     return ask.format(n=noun, x=phrases[0], f=form_phrase(rng, task.form), it=it)
 
@@ -198,36 +193,28 @@ def definitions(rng, task, unseen=False):
 def candidates(category):
     """All tasks of a category."""
     mixed = [*itertools.product(SLOTS, MAPS), *itertools.product(MAPS, SLOTS)]
-    selectors = [*POSITIONS, *SLOTS]
     source, operands, forms = {
         "Information Extraction": ("sentence", [(s,) for s in SLOTS], PHRASE_FORMATS),
         "Text Formatting": ("sentence", [(s,) for s in SLOTS], LAYOUT_FORMATS),
         "Word Mapping": ("sentence", [(m,) for m in MAPS], [form for form in FORMATS if form not in COPIES]),
         "Pair Extraction": ("sentence", list(itertools.permutations(SLOTS, 2)), JOINERS),
         "Mixed Pairs": ("sentence", mixed, JOINERS),
-        "List Selection": ("list", [(s,) for s in selectors], FORMATS),
-        "List Pairs": ("list", list(itertools.permutations(selectors, 2)), JOINERS),
+        "List Selection": ("list", [(s,) for s in SLOTS], FORMATS),
+        "List Pairs": ("list", list(itertools.permutations(SLOTS, 2)), JOINERS),
         "Text Classification": ("sentence", [(a,) for a in ATTRIBUTES], LABELS),
-        "Triple Extraction": ("sentence", list(itertools.permutations(SLOTS, 3)), JOINERS),
-        "List Triples": ("list", list(itertools.permutations(selectors, 3)), JOINERS),
     }[category]
-    # Some triples of slots occur together in no sentence.
-    writable = [ops for ops in operands if source == "list"
-                or any(all("{%s}" % slot_of(o) in t for o in ops) for t in EVENTS)]
-    return [Task(category, source, ops, form) for ops in writable for form in forms]
+    return [Task(category, source, ops, form) for ops in operands for form in forms]
 
 
-def links(task):
-    """Combinations that a task teaches: operand and form, or each pair of neighbouring operands."""
-    if len(task.operands) == 1:
-        return {(task.source, task.operands[0], task.form)}
-    return {(task.source, frozenset(pair)) for pair in zip(task.operands, task.operands[1:])}
+def combination(task):
+    """What a task teaches: an operand in a form, or two operands together, in either order and any form."""
+    return (task.source, frozenset(task.operands), task.form if len(task.operands) == 1 else None)
 
 
 def split_tasks(rng):
     """Choose the tasks: 'train', 'validation' and 'test', each a list of Task.
 
-    No training task has a link of a validation or test task.
+    No training task has the combination of a validation or test task.
     """
     pool = {category: candidates(category) for category in QUOTA}
     split = {"train": [], "validation": [], "test": []}
@@ -239,14 +226,14 @@ def split_tasks(rng):
             # Few of a kind, so that every concept keeps many other training tasks.
             most = 2 if len(task.operands) == 1 else 4
             spread = used[task.form] < min(most, 3) and all(used[operand] < most for operand in task.operands)
-            if len(chosen) < n_validation + n_test and spread and not links(task) & held_out:
+            if len(chosen) < n_validation + n_test and spread and combination(task) not in held_out:
                 chosen.append(task)
-                held_out |= links(task)
+                held_out.add(combination(task))
                 used.update([*task.operands, task.form])
         split["validation"] += chosen[:n_validation]
         split["test"] += chosen[n_validation:]
     for category, (n_train, _, _) in QUOTA.items():
-        free = [task for task in pool[category] if not links(task) & held_out]
+        free = [task for task in pool[category] if combination(task) not in held_out]
         seen = Counter()
         for _ in range(n_train):
             # The least taught operands first, then the least taught form: an even grid serves its unseen cells best.
@@ -301,14 +288,12 @@ def document(rng):
     """One document of the corpus (see the top of this file)."""
     source = rng.choice(("sentence", "sentence", "list"))
     if rng.random() < 0.4:
-        operand = rng.choice([*SLOTS, *MAPS] + list(POSITIONS) * 2 * (source == "list"))
-        records = [make_record(rng, source, {slot_of(operand)} - {None}) for _ in range(2)]
+        operand = rng.choice([*SLOTS, *MAPS])
+        records = [make_record(rng, source, {slot_of(operand)}) for _ in range(2)]
         return " ".join([f"What is {operand_phrase(rng, operand)} ?",
                          *(f"{record.text} {value_of(operand, record)} ." for record in records)])
     record = make_record(rng, source)
     known = [o for o in (*SLOTS, *MAPS, *ATTRIBUTES) if slot_of(o) in record.facts]
-    if record.items:
-        known += list(POSITIONS) * 2
     asked, told = [], []
     for operand in rng.sample(known, rng.randint(2, 4)):
         question, reply = f"What is {operand_phrase(rng, operand)} ?", f"{value_of(operand, record)} ."

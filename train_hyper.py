@@ -60,7 +60,8 @@ def parser():
                    "instruction has them", **config.flag)
     g.add_argument("--temperature", type=config.at_least(0.01, float), default=1.0,
                    help="of both distributions in L_kl, which is then x T²")
-    g.add_argument("--standardize-logits", default=False, help="z-score both models' logits before the softmax", **config.flag)
+    g.add_argument("--standardize-logits", default=False, help="z-score both models' logits before the softmax",
+                   **config.flag)
     return p
 
 
@@ -126,8 +127,8 @@ def finetune_batches(options, tagi):
             "unit": torch.tensor([units.index(data.unit_of(d.task, options.unit)) for d in draws], device=device)}
         if options.lambda_kl:
             batch["prompt"] = data.tokenize_instructed(tokenizer, [
-                (d.definition, d.demonstrations if options.teacher_demos else [], x) for d, x, _ in pairs], options.max_input,
-                device)
+                (d.definition, d.demonstrations if options.teacher_demos else [], x) for d, x, _ in pairs],
+                options.max_input, device)
         return batch
 
     return get_batch, units
@@ -242,7 +243,7 @@ def run_teacher(tagi, teacher_llm, teachers, batch):
     if teacher_llm is not None:
         with tagi.autocast():
             return teacher_llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
-    with tagi.adapted(None) as llm:                                                 # the same LLM, none of the student's parts
+    with tagi.adapted(None) as llm:                                         # the same LLM, none of the student's parts
         if teachers is not None:
             lora.set_weights(llm, lora.select(teachers, batch["unit"][batch["index"]]))
         return llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
@@ -271,8 +272,8 @@ def start_from_pretrained(options, parameters):
     old = common.load_options(folder)
     for key in ("llm_fingerprint", "rank", "targets", "generator", "width", "bottleneck"):
         if (options.hypernetwork or key == "llm_fingerprint") and getattr(old, key) != getattr(options, key):
-            raise common.UserError(f"{folder} was trained with {key} {getattr(old, key)}, not {getattr(options, key)}; train "
-                                   "it again with --fresh, or start without it: --no-pretrained")
+            raise common.UserError(f"{folder} was trained with {key} {getattr(old, key)}, not {getattr(options, key)}; "
+                                   "train it again with --fresh, or start without it: --no-pretrained")
     common.load_weights(parameters, folder, strict=False)
 
 

@@ -43,11 +43,12 @@ def parser():
     g.add_argument("--ff", type=config.positive, default=128, help="d_ff")
     g = p.add_argument_group("meta")
     g.add_argument("--drop-instruction", type=float, default=0.0, help="share of examples that hold the input alone")
-    g.add_argument("--easy-first", type=float, default=0.0, help="share of the steps, at the start, on tasks with answers of "
-                   "one or two words, in one wording; a model made from nothing needs it")
+    g.add_argument("--easy-first", type=float, default=0.0, help="share of the steps, at the start, on tasks with answers "
+                   "of one or two words, in one wording; a model made from nothing needs it")
     g.add_argument("--demos-after", type=float, default=0.0, help="share of the steps without demonstrations, at the start")
     g = p.add_argument_group("lora")
-    g.add_argument("--teachers-at-once", type=config.positive, default=16, help="LoRA teachers trained side by side in one batch")
+    g.add_argument("--teachers-at-once", type=config.positive, default=16,
+                   help="LoRA teachers trained side by side in one batch")
     return p
 
 
@@ -147,7 +148,7 @@ def train_meta(options, rank, world):
     if options.model == "tiny" and not common.is_finished(path):
         raise common.UserError(f"{path} is not there or not finished; first run "
                                f"python train_teacher.py --stage base{common.config_flag(options)}")
-    llm, tokenizer = common.load_llm(path, options.device, attention=options.attention)                  # weights in float32, arithmetic by autocast
+    llm, tokenizer = common.load_llm(path, options.device, attention=options.attention)       # float32; autocast's arithmetic
     tasks = data.load_sni(options.data, "train", options.max_instances)
     easy = [dataclasses.replace(t, definitions=t.definitions[:1]) for t in tasks
             if all(len(output.split()) <= 2 for x in t.instances for output in x.outputs)] or tasks
@@ -158,7 +159,8 @@ def train_meta(options, rank, world):
         early = step < options.demos_after * options.steps
         demos = 0 if early else data.n_demonstrations(options.demos, options.seed, step)
         items, targets = [], []
-        for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances, demos, options.vary_demos):
+        for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances, demos,
+                                    options.vary_demos):
             for text, target in draw.pairs:
                 dropped = not first and rng.random() < options.drop_instruction
                 items.append(("", [], text) if dropped else (draw.definition, draw.demonstrations, text))

@@ -57,6 +57,7 @@ def write_config(path: Path, data: Path, runs: Path) -> None:
     text = {"text": str(data / "corpus.txt"), "text_length": 24}
     config["base"] |= text | {"width": 16, "ff": 16}
     config["pretrain"] |= text | {"width": 16, "bottleneck": 16}
+    config["lora"]["teachers_at_once"] = 16                             # all in one group
     config["finetune"] |= {"width": 16, "bottleneck": 16, "tasks": 3}
     path.write_text(yaml.safe_dump(config))
 

@@ -278,6 +278,8 @@ def answer(options):
 @common.command
 def main(argv=None):
     options = config.parse(parser(), "evaluate", argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise common.UserError("evaluation is one process; start it with python evaluate.py")
     if options.input and options.instruction is None:
         raise common.UserError("--input needs an --instruction to answer it by")
     if options.tagi_only and options.floor_margin is not None:

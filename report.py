@@ -11,6 +11,7 @@ import numpy as np
 import common
 
 SETTINGS = {0: "Def", 2: "Def + 2 Pos"}
+STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]     # 97.5 % quantile at 1, 2, ... degrees of freedom
 
 # Table 4's rows beside the whole method: what is retrained without each part, as options of the finetune stage.
 ABLATIONS = {
@@ -82,7 +83,7 @@ def ablations(options) -> None:
     for row, flags in ABLATIONS.items():
         run = "finetune" + "".join(flags).replace("--", "-").replace("=", "-")
         for seed, name in enumerate(names):
-            train("train_hyper.py", "--stage=finetune", *shared[seed], f"--name={run}", *flags)
+            train("train_hyper.py", "--stage=finetune", *shared[seed], *[f"--name={run}"] * bool(flags), *flags)
             out = f"{options.runs}{name}/evaluate-{run}"
             if not os.path.isfile(f"{out}/results.json"):
                 python("evaluate.py", *shared[seed], f"--checkpoint={options.runs}{name}/{run}", f"--out={out}",
@@ -99,11 +100,13 @@ def ablations(options) -> None:
 def ablation_table(scores: dict, options) -> str:
     """Exact match, mean ± standard deviation over seeds, and the difference from the whole method, paired by seed.
 
-    A difference is called noise where it is within two standard errors of zero.
+    The difference comes with the half width of its 95 % interval (Student's t over seeds) and is called noise where that
+    holds zero.
     """
     whole = scores["TAGI, whole method"]
     lines = [f"{options.split} tasks, exact match, mean ± standard deviation over {options.seeds} suite seeds; in brackets "
-             "the difference from the whole method", "", "| | " + " | ".join(SETTINGS.values()) + " |", "|---|---|---|"]
+             "the difference from the whole method, paired by seed, ± its 95 % interval", "",
+             "| | " + " | ".join(SETTINGS.values()) + " |", "|---|---|---|"]
     for row, by_demos in scores.items():
         cells = []
         for demos in SETTINGS:
@@ -111,8 +114,8 @@ def ablation_table(scores: dict, options) -> str:
             text = f"{x.mean():.1f} ± {x.std(ddof=1) if len(x) > 1 else float('nan'):.1f}"
             if row in ABLATIONS and row != "TAGI, whole method":
                 d = x - np.array([r["exact_match"] for r in whole[demos]])
-                error = d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else float("inf")
-                text += f" ({d.mean():+.1f} ± {error:.1f}{', noise' if abs(d.mean()) <= 2 * error else ''})"
+                half = STUDENT_T[min(len(d), 10) - 2] * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else float("inf")
+                text += f" ({d.mean():+.1f} ± {half:.1f}{', noise' if abs(d.mean()) <= half else ''})"
             cells.append(text)
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -373,6 +373,11 @@ def test_results_that_cannot_be_written_are_refused(project):
     assert str(project.config) in project.refuses("evaluate", "--tagi-only", "--out", project.config)
 
 
+def test_an_evaluation_in_several_processes_is_refused(project, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "python evaluate.py" in project.refuses("evaluate")
+
+
 def test_a_margin_needs_the_row_it_is_over(project):
     line = project.refuses("evaluate", "--tagi-only", "--floor-margin=3")
     assert "--floor-margin" in line and "--tagi-only" in line

@@ -15,6 +15,7 @@ from stages import MODULES, ROOT, STAGES, call, process
 
 import config
 import evaluate
+import report
 import train_hyper
 import train_teacher
 
@@ -243,6 +244,28 @@ def test_evaluate_takes_another_checkpoint_and_another_folder_for_results(projec
     _, results, _ = read(tmp_path / "out")
     assert [(r["row"], r["demos"]) for r in results["results"]] == [("TAGI, right instruction", 0), ("TAGI, right instruction", 2)]
     assert not (project.runs / "evaluate").exists()
+
+
+def test_ablations_retrain_finetuning_for_every_row_once(project, quick, monkeypatch):
+    """On one seed, the commands run in this process; a second run trains and scores nothing again."""
+    called = []
+
+    def python(*words):
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        called.append(words[at:])
+        call({"train_teacher.py": train_teacher, "train_hyper.py": train_hyper, "evaluate.py": evaluate}[words[at]], *words[at + 1:])
+
+    monkeypatch.setattr(report, "python", python)
+    table = project.run("evaluate", "--ablations", "--seeds=1")
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert rows[:1] == [""] and set(report.ABLATIONS) <= set(rows) and "meta-trained with one LoRA" in rows
+    for flags in list(report.ABLATIONS.values())[1:]:
+        run = next(words for words in called if words[0] == "train_hyper.py" and flags[0] in words)
+        name = next(word for word in run if word.startswith("--name=")).removeprefix("--name=")
+        assert project.record(name)["finished"] and (project.runs / f"evaluate-{name}" / "results.json").exists()
+    before = project.files()
+    project.run("evaluate", "--ablations", "--seeds=1")
+    assert project.files() == before
 
 
 def test_a_missed_floor_is_exit_code_1_with_the_table_written(project, capsys):

@@ -1,4 +1,5 @@
 """Around the method: the LLM on disk, LoRA teachers, data, metrics."""
+import argparse
 import copy
 import json
 import random
@@ -337,6 +338,21 @@ def test_bootstrap_interval_is_over_tasks():
     assert report.bootstrap_interval(between, owner) == [low, high]
     uneven = np.array([1.0] * 9 + [0.0])                               # two tasks: only 9 of 9, 9 of 10, 0 of 1 can be drawn
     assert report.bootstrap_interval(uneven, np.array([0] * 9 + [1])) == [0.0, 1.0]
+
+
+def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its_interval_holds_zero():
+    """Differences -10, -11, -12 are far from 0 (95 % half width 4.30 / sqrt 3); -10, 10, -3 are not."""
+    def rows(*scores):
+        return {demos: [{"exact_match": x + demos} for x in scores] for demos in (0, 2)}
+
+    table = report.ablation_table({
+        "TAGI, whole method": rows(80, 70, 90), "without pretraining": rows(70, 59, 78), "without L_kl": rows(70, 80, 87),
+        "copy the input": rows(1, 2, 3)}, argparse.Namespace(split="test", seeds=3))
+    lines = table.splitlines()
+    assert "| TAGI, whole method | 80.0 ± 10.0 | 82.0 ± 10.0 |" in lines
+    assert "| without pretraining | 69.0 ± 9.5 (-11.0 ± 2.5) | 71.0 ± 9.5 (-11.0 ± 2.5) |" in lines
+    assert "| without L_kl | 79.0 ± 8.5 (-1.0 ± 25.2, noise) | 81.0 ± 8.5 (-1.0 ± 25.2, noise) |" in lines
+    assert "| copy the input | 2.0 ± 1.0 | 4.0 ± 1.0 |" in lines
 
 
 def test_shuffled_gives_no_task_its_own_instruction(tasks):

@@ -82,11 +82,46 @@ def learning_rate(options, step: int) -> float:
                          "constant": 1.0}[options.schedule]
 
 
-def make_optimizer(parameters, options):
+class Optimizers:
+    """Several optimizers, each with parameters of its own, that act as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        for part, its in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(its)
+
+
+def make_optimizer(parameters: dict, options):
+    """--optimizer over {name: parameter}. muon: PyTorch's Muon, its steps scaled like AdamW's, for the matrices between
+    layers; AdamW for the rest, as its authors say: embeddings, head, biases, gains, and stacks of matrices."""
+    shared = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, options.beta2), weight_decay=options.weight_decay,
-                             fused=True)
+        return torch.optim.Adafactor(parameters.values(), **shared)
+    matrices = {name for name, p in parameters.items() if options.optimizer == "muon" and p.ndim == 2
+                and not any(part in name for part in ("shared", "embed", "lm_head", "relative_attention_bias"))}
+    adamw = torch.optim.AdamW([p for name, p in parameters.items() if name not in matrices], betas=(0.9, options.beta2),
+                              fused=True, **shared)
+    if not matrices:
+        return adamw
+    return Optimizers(adamw, torch.optim.Muon([parameters[name] for name in parameters if name in matrices],
+                                              adjust_lr_fn="match_rms_adamw", **shared))
 
 
 # -------------------------------------------------------------------------------------------------------- processes

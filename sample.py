@@ -95,15 +95,6 @@ def required_slots(task):
     return sorted({slot_of(operand) for operand in task.operands})
 
 
-def drop_parts(rng, pattern, required=()):
-    """Leave out each [part in brackets] of a pattern three times in five, unless it holds a slot in `required`."""
-    def keep_or_drop(match):
-        needed = any("{%s}" % slot in match[1] for slot in required)
-        return match[1] if needed or rng.random() < 0.4 else ""
-
-    return " ".join(re.sub(r"\[(.*?)\]", keep_or_drop, pattern).split())
-
-
 def make_record(rng, source, required=()):
     """Draw an input, a sentence or a list, that contains every slot in `required`."""
     values = {slot: rng.choice(SLOTS[slot][1]) for slot in SLOTS}
@@ -113,7 +104,12 @@ def make_record(rng, source, required=()):
         rng.shuffle(kinds)
         return Record(" , ".join(values[kind] for kind in kinds) + " .", {kind: values[kind] for kind in kinds})
     template = rng.choice([t for t in EVENTS if all("{%s}" % slot in t for slot in required)])
-    template = drop_parts(rng, template, required)
+
+    def keep_or_drop(match):
+        needed = any("{%s}" % slot in match[1] for slot in required)
+        return match[1] if needed or rng.random() < 0.4 else ""
+
+    template = " ".join(re.sub(r"\[(.*?)\]", keep_or_drop, template).split())
     present = re.findall(r"\{(\w+)\}", template)
     return Record(template.format(**values), {slot: values[slot] for slot in present})
 
@@ -187,10 +183,8 @@ def definitions(rng, task, unseen=False):
         return [define(rng, task, ask) for ask in rng.sample(asks, len(asks))]
     found = {}  # a dict keeps the order of drawing
     while len(found) < PARAPHRASES:
-        ask = drop_parts(rng, rng.choice(CLASS_ASKS if task.form in LABELS else ASKS))
-        if "{n}" not in ask or rng.random() < 0.5:
-            ask = f"{rng.choice(OPENINGS)} {ask}"
-        found[define(rng, task, ask)] = None
+        ask = rng.choice(CLASS_ASKS if task.form in LABELS else ASKS)
+        found[define(rng, task, f"{rng.choice(OPENINGS)} {ask}")] = None
     return list(found)
 
 
@@ -301,7 +295,7 @@ def document(rng):
     record = make_record(rng, source)
     known = [o for o in (*SLOTS, *MAPS, *ATTRIBUTES) if slot_of(o) in record.facts]
     asked, told = [], []
-    for operand in rng.sample(known, rng.randint(2, 4)):
+    for operand in rng.sample(known, min(len(known), rng.randint(2, 4))):
         question, reply = f"What is {operand_phrase(rng, operand)} ?", f"{value_of(operand, record)} ."
         if operand in ATTRIBUTES or rng.random() < 0.5:
             told.append(f"Here {statement(rng, operand, record)} .")

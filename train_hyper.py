@@ -179,7 +179,7 @@ def train(options, rank, world):
         if lambda_kl and options.kl_teacher != "lora":
             teacher_llm = load_kl_teacher(options, path, tagi)
     kl_teachers = teachers if options.kl_teacher == "lora" else None
-    optimizer = common.make_optimizer(list(parameters.values()), options)
+    optimizer = common.make_optimizer(parameters, options)
     start = common.resume(folder, options, parameters, optimizer)
     if options.stage == "finetune" and options.pretrained and start == 0:
         start_from_pretrained(options, parameters)

@@ -81,7 +81,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
     """Train all weights of the LLM on `get_batch(step, micro) -> (ids, mask, labels)`; stages base and meta."""
     llm.to(options.device).train()
     parameters = dict(llm.named_parameters())
-    optimizer = common.make_optimizer(list(parameters.values()), options)
+    optimizer = common.make_optimizer(parameters, options)
     start = common.resume(folder, options, parameters, optimizer)
     common.begin(folder, options, rank)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
@@ -202,7 +202,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
     works element by element: every teacher gets the gradient and the step it would get alone."""
     numbers = {unit: n for n, unit in enumerate(sorted(units))}
     weights = lora.init_weights(llm, options.rank, options.seed, len(group))   # {site: (U, r, D_in), (U, D_out, r)}
-    parameters = [p.requires_grad_() for pair in weights.values() for p in pair]
+    parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
     optimizer = common.make_optimizer(parameters, options)
     log = common.Log(folder, options, 0, rank, summed=False)                # every rank has teachers of its own
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")

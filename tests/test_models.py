@@ -52,6 +52,37 @@ def test_the_built_in_model_is_untied_and_finite():
     assert loss < 1.5 * np.log(len(tokenizer))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_muon_takes_the_matrices_between_layers_and_adamw_the_rest(kind):
+    """Each parameter once, and every one is moved; the two go on from a saved state as one."""
+    llm = make_llm(kind)
+    options = train_teacher.parser().parse_args(["--optimizer", "muon", "--lr", "0.01"])
+    parameters = dict(llm.named_parameters())
+    adamw, muon = common.make_optimizer(parameters, options).parts
+    names = {id(p): name for name, p in parameters.items()}
+    its, rest = ([names[id(p)] for group in part.param_groups for p in group["params"]] for part in (muon, adamw))
+    assert sorted(its + rest) == sorted(parameters)
+    assert all(".SelfAttention." in n or ".EncDecAttention." in n or ".DenseReluDense." in n for n in its)
+    assert all("shared" in n or "lm_head" in n or "norm" in n or "relative_attention_bias" in n for n in rest)
+
+    def train(optimizer, steps):
+        for step in steps:
+            for i, p in enumerate(parameters.values()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            optimizer.step()
+
+    start = copy.deepcopy(llm.state_dict())
+    train(common.make_optimizer(parameters, options), range(4))
+    straight = copy.deepcopy(llm.state_dict())
+    assert all(not torch.equal(start[name], straight[name]) for name in start)
+    llm.load_state_dict(start)
+    first, second = (common.make_optimizer(parameters, options) for _ in range(2))
+    train(first, range(2))
+    second.load_state_dict(first.state_dict())
+    train(second, range(2, 4))
+    assert all(torch.equal(straight[name], p) for name, p in llm.state_dict().items())
+
+
 def test_fingerprint_is_of_the_llm_not_of_wrappers_or_precision():
     """Injection and bf16 leave it; changed weights of any one layer do not."""
     llm = make_llm("v1.1")

@@ -91,7 +91,7 @@ def test_no_combination_of_a_held_out_task_is_in_training(seed):
     assert len(set(map(sample.combination, held))) == len(held)
     for task in held:  # each concept is known from other combinations in the same category
         for part in (*task.operands, task.form):
-            assert sum(part in (*t.operands, t.form) for t in split["train"] if t.category == task.category) >= 3
+            assert sum(part in (*t.operands, t.form) for t in split["train"] if t.category == task.category) >= 2
 
 
 def test_a_pair_is_held_out_in_both_orders_and_every_form():

@@ -10,7 +10,6 @@ Predictions are written to predictions.jsonl before they are scored; results.jso
 """
 import json
 import os
-import re
 import sys
 import time
 
@@ -24,6 +23,7 @@ import data
 import lora
 import report
 from hypernet import TAGI
+from rouge import rouge_l
 from train_teacher import load_teachers
 
 
@@ -52,28 +52,6 @@ def parser():
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
-
-def tokens(text: str) -> list[str]:
-    """Words as in Google's rouge_score: lower-cased runs of letters and digits (ASCII)."""
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def rouge_l(prediction: str, references: list[str]) -> float:
-    """ROUGE-L F-measure in [0, 1], the largest over the references (Lin 2004); words as `tokens`, not stemmed."""
-    return max(_rouge_l(tokens(prediction), tokens(reference)) for reference in references)
-
-
-def _rouge_l(a: list[str], b: list[str]) -> float:
-    if not a or not b:
-        return 0.0
-    row = [0] * (len(b) + 1)                                    # row[j]: longest common subsequence of a so far and b[:j]
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    precision, recall = row[-1] / len(a), row[-1] / len(b)
-    return 2 * precision * recall / (precision + recall) if row[-1] else 0.0
-
 
 def exact_match(prediction: str, references: list[str]) -> float:
     """1.0 where the prediction is one of the references, white space folded."""

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -210,6 +211,17 @@ def fingerprint(llm) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_digest(path: str) -> str:
+    """A hash of every weights file in a checkpoint's folder and below; a hub name stands for itself."""
+    if not os.path.isdir(path):
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(glob.glob(f"{glob.escape(path)}/**/*.safetensors", recursive=True)):
+        with open(file, "rb") as f:
+            digest.update(os.path.relpath(file, path).encode() + hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def check_fingerprint(found: str, expected: str, folder: str, llm_path: str) -> None:
     if found != expected:
         raise UserError(f"{folder} was trained on another LLM than the one in {llm_path} now; train it again or "
@@ -218,14 +230,22 @@ def check_fingerprint(found: str, expected: str, folder: str, llm_path: str) -> 
 
 def llm_path(options) -> str:
     """Where the frozen LLM is: --llm base|meta|PATH. Raises UserError naming the command that makes it."""
-    if options.llm == "base" and options.model != "tiny":
-        return options.model
-    if options.llm not in ("base", "meta"):
-        return options.llm
-    folder = os.path.join(options.runs, options.llm)
+    return {"base": base_path, "meta": meta_path}.get(options.llm, lambda options: options.llm)(options)
+
+
+def base_path(options) -> str:
+    return finished_stage(options, "base") if options.model == "tiny" else options.model
+
+
+def meta_path(options) -> str:
+    return options.meta_model or finished_stage(options, "meta")
+
+
+def finished_stage(options, stage: str) -> str:
+    folder = os.path.join(options.runs, stage)
     if not is_finished(folder):
         raise UserError(f"{folder} is not there or not finished; first run "
-                        f"python train_teacher.py --stage {options.llm}{config_flag(options)}")
+                        f"python train_teacher.py --stage {stage}{config_flag(options)}")
     return folder
 
 
@@ -311,15 +331,17 @@ def load_weights(parameters: dict, folder: str, strict: bool = True) -> dict:
 IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage", "runs")
 
 
-def run_stage(folder: str, options, rank: int, world: int, stage) -> None:
+def run_stage(folder: str, options, rank: int, world: int, stage, ranks_share_a_batch: bool = True) -> None:
     """Run a stage unless it is done; rank 0 says what runs, with which effective batch."""
     write_suite(options, rank)
     wait_for_all_ranks()                                                    # rank 0 may still be saving the stage before
     if skip_finished(folder, options, rank == 0):
         return
     if rank == 0:
-        batch = options.tasks * options.instances * options.accumulate * world
-        print(f"{folder}: {options.steps} steps, effective batch {batch} = {world} ranks x {options.tasks} tasks x "
+        batch, ranks = options.tasks * options.instances * options.accumulate, ""
+        if ranks_share_a_batch:
+            batch, ranks = batch * world, f"{world} ranks x "
+        print(f"{folder}: {options.steps} steps, effective batch {batch} = {ranks}{options.tasks} tasks x "
               f"{options.instances} instances x {options.accumulate} micro-batches, seed {options.seed}, {versions()}")
     stage(options, rank, world)
 

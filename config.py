@@ -52,6 +52,9 @@ def add_shared_options(parser: Parser) -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--data", default=common.SUITE, help="a folder in Super-NaturalInstructions' layout")
     g.add_argument("--max-instances", type=positive, default=100, help="instances per training task")
+    g.add_argument("--categories", type=at_least(0), default=0,
+                   help="train on the N categories with most tasks (the paper: 6, 15, 30, 60); 0: on all")
+    g.add_argument("--allow-missing", default=False, help="go on without the tasks of a split whose files are absent", **flag)
     g.add_argument("--demos", default="0", choices=["0", "2", "mixed"],
                    help="demonstrations beside the definition; mixed: 2 in every other step, drawn, else 0")
     g.add_argument("--vary-demos", default=False, help="train with demonstrations drawn from the task's instances instead "
@@ -65,6 +68,8 @@ def add_shared_options(parser: Parser) -> None:
                    "eager is faster for short texts on a CPU")
     g.add_argument("--llm", default="meta", help="the frozen LLM under teachers and student: base (--model itself), "
                    "meta (after train_teacher.py --stage meta) or a checkpoint")
+    g.add_argument("--meta-model", help="a checkpoint that is meta-trained already, such as a Tk-Instruct, instead of the "
+                   "stage meta's")
     g.add_argument("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
     g.add_argument("--rank", type=positive, default=32, help="LoRA rank r")
     g.add_argument("--alpha", type=float, default=32.0, help="LoRA alpha; the update is scaled by alpha / r")

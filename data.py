@@ -13,6 +13,7 @@ import json
 import os
 import string
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from common import UserError, named_file
 
 IGNORE = -100                                  # label of positions that do not count, as in PyTorch's cross-entropy
+GET_SNI = "git clone --depth 1 --branch v2.6 https://github.com/allenai/natural-instructions"
 
 
 @dataclass
@@ -39,23 +41,48 @@ class Task:
     instances: list[Instance]
 
 
-def load_sni(root: str, split: str = "test", max_instances: int | None = 100, skip: int = 0) -> list[Task]:
+def load_sni(root: str, split: str = "test", max_instances: int | None = 100, skip: int = 0,
+             allow_missing: bool = False) -> list[Task]:
     """The tasks of a split in the official layout, each with its instances skip : skip + max_instances.
 
-    split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of each test task.
+    split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of each test task. With
+    skip, tasks that have no more instances than that are left out; with allow_missing, those whose files are absent.
     Raises UserError for a missing folder or file, broken JSON, a task without definition, an instance without output.
     """
-    path = os.path.join(root, "splits", "default", f"{split}_tasks.txt")
-    with named_file(path, "--data names a folder in Super-NaturalInstructions' layout, or python sample.py writes the "
-                    "built-in suite"), open(path, encoding="utf-8") as f:
+    files = [os.path.join(root, "tasks", name + ".json") for name in listed_tasks(root, split)]
+    absent = [file for file in files if not os.path.isfile(file)]
+    if absent and not (allow_missing and len(absent) < len(files)):
+        names = ", ".join(os.path.basename(file) for file in absent[:3])
+        raise UserError(f"{split_file(root, split)} names {len(absent)} tasks whose files are not in {root}/tasks: {names} …; "
+                        f"get them all: {GET_SNI}" + " (or go on with those there: --allow-missing)" * (not allow_missing))
+    tasks = [read_task(file, max_instances, skip) for file in files if file not in absent]
+    return [task for task in tasks if task.instances]
+
+
+def split_file(root: str, split: str) -> str:
+    return os.path.join(root, "splits", "default", f"{split}_tasks.txt")
+
+
+def listed_tasks(root: str, split: str) -> list[str]:
+    """The names of a split's tasks, whether their files are there or not."""
+    path = split_file(root, split)
+    with named_file(path, f"--data names a folder in Super-NaturalInstructions' layout: {GET_SNI} (or python sample.py "
+                    "writes the built-in suite)"), open(path, encoding="utf-8") as f:
         names = f.read().split()
     if not names:
         raise UserError(f"{path} is empty; it should name one task a line")
-    files = [os.path.join(root, "tasks", name + ".json") for name in names]
-    absent = [os.path.basename(file) for file in files if not os.path.isfile(file)]
-    if absent:
-        raise UserError(f"{path} names {len(absent)} tasks whose files are not in {root}/tasks: {', '.join(absent[:3])} …")
-    return [read_task(file, max_instances, skip) for file in files]
+    return names
+
+
+def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> list[Task]:
+    """The training split as the options have it; --categories N: only the N categories with most tasks (nested subsets)."""
+    tasks = load_sni(options.data, "train", max_instances or options.max_instances, skip, options.allow_missing)
+    sizes = Counter(task.category for task in tasks)
+    largest = sorted(sizes, key=lambda category: (-sizes[category], category))
+    if options.categories and options.categories > len(largest):
+        raise UserError(f"--categories {options.categories}: the training tasks of {options.data} have only {len(largest)}")
+    kept = set(largest[:options.categories or None])
+    return [task for task in tasks if task.category in kept]
 
 
 def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Task:
@@ -75,8 +102,8 @@ def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Tas
         if not outputs or "input" not in row:
             raise UserError(f"{path}: instance {skip + n} has no input or no output")
         instances.append(Instance(row.get("id", f"{n}"), row["input"], outputs))
-    if not instances:
-        raise UserError(f"{path}: no Instances after the first {skip}; every task needs some")
+    if not instances and not skip:
+        raise UserError(f"{path}: no Instances; every task needs some")
     for n, row in enumerate(record.get("Positive Examples", []), 1):
         if "input" not in row or "output" not in row:
             raise UserError(f"{path}: Positive Example {n} has no input or no output")

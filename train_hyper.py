@@ -109,7 +109,7 @@ def pretrain_batches(options, tagi):
 
 def finetune_batches(options, tagi):
     """K tasks x M instances: what the hypernetwork reads (K, S), the student (K·M, T), the teacher (K·M, T')."""
-    tasks = data.load_sni(options.data, "train", options.max_instances)
+    tasks = data.training_tasks(options)
     units = sorted({data.unit_of(task, options.unit) for task in tasks})
     tokenizer, device = tagi.tokenizer, options.device
 
@@ -251,12 +251,9 @@ def run_teacher(tagi, teacher_llm, teachers, batch):
 
 def load_kl_teacher(options, llm_path, tagi):
     """Another checkpoint as KL teacher; None where it is the frozen LLM itself, which then needs no second copy."""
-    path = os.path.join(options.runs, "meta") if options.kl_teacher == "meta" else options.kl_teacher
+    path = common.meta_path(options) if options.kl_teacher == "meta" else options.kl_teacher
     if os.path.abspath(path) == os.path.abspath(llm_path):
         return None
-    if options.kl_teacher == "meta" and not common.is_finished(path):
-        raise common.UserError(f"{path} is not there or not finished; first run "
-                               f"python train_teacher.py --stage meta{common.config_flag(options)}")
     teacher, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
     if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or teacher.config.vocab_size != tagi.llm.config.vocab_size:
         raise common.UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one that shares it")

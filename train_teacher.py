@@ -144,12 +144,9 @@ def load_tokenizer(path):
 
 def train_meta(options, rank, world):
     """The LLM on all training tasks, mixed, with the instruction in its input."""
-    path = os.path.join(options.runs, "base") if options.model == "tiny" else options.model
-    if options.model == "tiny" and not common.is_finished(path):
-        raise common.UserError(f"{path} is not there or not finished; first run "
-                               f"python train_teacher.py --stage base{common.config_flag(options)}")
+    path = common.base_path(options)
     llm, tokenizer = common.load_llm(path, options.device, attention=options.attention)       # float32; autocast's arithmetic
-    tasks = data.load_sni(options.data, "train", options.max_instances)
+    tasks = data.training_tasks(options)
     easy = [dataclasses.replace(t, definitions=t.definitions[:1]) for t in tasks
             if all(len(output.split()) <= 2 for x in t.instances for output in x.outputs)] or tasks
 
@@ -179,7 +176,7 @@ def train_lora(options, rank, world):
     options.llm_fingerprint = common.fingerprint(llm)
     lora.inject_lora(llm, options.targets.split(","), options.rank, options.alpha)
     units = {}
-    for task in data.load_sni(options.data, "train", options.max_instances):
+    for task in data.training_tasks(options):
         units.setdefault(data.unit_of(task, options.unit), []).append(task)
     names = sorted(units)
     groups = [names[i:i + options.teachers_at_once] for i in range(0, len(names), options.teachers_at_once)]
@@ -207,32 +204,39 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
     log = common.Log(folder, options, 0, rank, summed=False)                # every rank has teachers of its own
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
-    for step in range(options.steps):
-        lr = common.learning_rate(options, step)
-        for g in optimizer.param_groups:
-            g["lr"] = lr
+    def get_batch(step, micro):
         items, targets, owner = [], [], []
         demos = data.n_demonstrations(options.demos, options.seed, step)
         for u, unit in enumerate(group):
-            rng = data.generator(options.seed, step, numbers[unit])         # the same examples alone or in a group
+            rng = data.generator(options.seed, step, numbers[unit] + len(units) * micro)   # the same alone or in a group
             for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, demos, options.vary_demos):
                 items += [(draw.definition, draw.demonstrations, text) for text, _ in draw.pairs]
                 targets += [target for _, target in draw.pairs]
                 owner += [u] * len(draw.pairs)
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
         labels = data.labels(tokenizer, targets, options.max_output, options.device)
-        owner = torch.tensor(owner, device=options.device)                                     # (N,)
-        n_tokens = torch.zeros(len(group), device=options.device).index_add_(
-            0, owner, (labels != data.IGNORE).sum(1).float())                                  # (U,)
-        with autocast:
-            lora.set_weights(llm, lora.select(weights, owner))
-            logits = llm(input_ids=ids, attention_mask=mask, labels=labels).logits             # (N, C, V)
-        losses = F.cross_entropy(logits.float().mT, labels, reduction="none").sum(1)           # (N,)
-        loss = (losses / n_tokens[owner]).sum()
-        loss.backward()
+        return ids, mask, labels, torch.tensor(owner, device=options.device)                   # (N,)
+
+    for step in range(options.steps):
+        lr = common.learning_rate(options, step)
+        for g in optimizer.param_groups:
+            g["lr"] = lr
+        batches = [get_batch(step, micro) for micro in range(options.accumulate)]
+        n_tokens = torch.zeros(len(group), device=options.device)                              # (U,)
+        for _, _, labels, owner in batches:
+            n_tokens.index_add_(0, owner, (labels != data.IGNORE).sum(1).float())
+        total = 0.0
+        for ids, mask, labels, owner in batches:
+            with autocast:
+                lora.set_weights(llm, lora.select(weights, owner))
+                logits = llm(input_ids=ids, attention_mask=mask, labels=labels).logits         # (N, C, V)
+            losses = F.cross_entropy(logits.float().mT, labels, reduction="none").sum(1)       # (N,)
+            loss = (losses / n_tokens[owner]).sum()
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log(step + 1, lr, {"loss": loss.detach() / len(group)})
+        log(step + 1, lr, {"loss": total / len(group)})
         if stop.asked and step + 1 < options.steps:
             common.leave(folder, step + 1, log)
     lora.set_weights(llm, None)
@@ -258,17 +262,24 @@ def save_teacher(folder, options, unit, weights):
     common.save_checkpoint(teacher_folder(folder, unit), options, flatten(weights), step=options.steps, finished=True)
 
 
+def check_teachers(folder, units, command):
+    """Raises UserError where a unit has no finished teacher; `command` makes it."""
+    for unit in units:
+        path = teacher_folder(folder, unit)
+        if not common.is_finished(path):
+            raise common.UserError(f"{path}: no LoRA teacher for {unit}; first run {command}")
+
+
 def load_teachers(folder, units, llm, options, command):
     """The teachers of these units, stacked: {site: (lora_A (U, r, D_in), lora_B (U, D_out, r))}.
 
     Raises UserError where one is missing (`command` makes it), or is of another LLM, rank or set of projections than the
     options'.
     """
+    check_teachers(folder, units, command)
     stacked = lora.init_weights(llm, options.rank, 0, len(units))
     for n, unit in enumerate(units):
         path = teacher_folder(folder, unit)
-        if not common.is_finished(path):
-            raise common.UserError(f"{path}: no LoRA teacher for {unit}; first run {command}")
         expected = common.load_options(path, "llm_fingerprint").llm_fingerprint
         common.check_fingerprint(options.llm_fingerprint, expected, path, "the frozen LLM's folder")
         common.load_weights(flatten(lora.select(stacked, n)), path)
@@ -291,7 +302,7 @@ def main(argv=None):
             raise common.UserError(f"--stages: unknown stage '{stage}'; choose from {', '.join(STAGES)}")
         options = config.parse(parser(), stage, argv)
         rank, world = common.init_processes(options)
-        common.run_stage(folder_of(options, stage), options, rank, world, STAGES[stage])
+        common.run_stage(folder_of(options, stage), options, rank, world, STAGES[stage], stage != "lora")
 
 
 if __name__ == "__main__":

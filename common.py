@@ -211,6 +211,10 @@ def fingerprint(llm) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def weights_digest(path: str) -> str:
     """A hash of every weights file in a checkpoint's folder and below; a hub name stands for itself."""
     if not os.path.isdir(path):
@@ -282,7 +286,11 @@ def save_checkpoint(folder: str, options, weights: dict, optimizer=None, step: i
         state = {"optimizer": optimizer.state_dict(), "step": step}
         _atomically(f"{folder}/optimizer.pt", lambda path: torch.save(state, path))
     record = {**vars(options), "step": step, "finished": finished, "versions": versions()}
-    _atomically(f"{folder}/config.yaml", lambda path: write_text(path, yaml.safe_dump(record, sort_keys=False)))
+    write_yaml(f"{folder}/config.yaml", record)
+
+
+def write_yaml(path: str, values: dict) -> None:
+    _atomically(path, lambda path: write_text(path, yaml.safe_dump(values, sort_keys=False)))
 
 
 def write_text(path, text):

@@ -108,6 +108,8 @@ def parse(parser: Parser, section: str, argv=None) -> argparse.Namespace:
         raise common.UserError(f"unknown option {rest[0]}" + closest(name, parser.known(), "--"))
     config, top = common.read_yaml(early.config, "name an existing config with --config"), Parser("")
     add_shared_options(top)
+    if early.config == parser.get_default("config"):                        # a checkpoint knows its data, models, limits
+        config = recorded(getattr(early, "checkpoint", None), top.known()) or config
     for name in SECTIONS:
         if not isinstance(config.setdefault(name, None) or {}, dict):
             raise common.UserError(f"{early.config}: {name} is a stage's section; expected `key: value` lines below it")
@@ -128,6 +130,15 @@ def parse(parser: Parser, section: str, argv=None) -> argparse.Namespace:
     if "text" in options and options.text is None:
         options.text = os.path.join(options.data, "corpus.txt")
     return options
+
+
+def recorded(checkpoint: str | None, known: set) -> dict:
+    """The shared options that a checkpoint's run had, but for what is not about its result; {} where there is none."""
+    if checkpoint is None or not os.path.isfile(f"{checkpoint}/config.yaml"):
+        return {}
+    record = vars(common.load_options(checkpoint))
+    return {key: value for key, value in record.items()
+            if key.replace("_", "-") in known and key not in ("fresh", "device", "threads", "seed")}
 
 
 def words_of(values: dict, allowed: set, where: str) -> list[str]:

@@ -95,20 +95,22 @@ def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Tas
     definitions = [definitions] if isinstance(definitions, str) else definitions
     if not definitions or not definitions[0].strip():
         raise UserError(f"{path}: no Definition; every task needs one")
-    instances, demonstrations = [], []
+    name, instances, demonstrations = os.path.basename(path).removesuffix(".json"), [], []
     for n, row in enumerate(record.get("Instances", [])[skip:None if max_instances is None else skip + max_instances]):
         outputs = row.get("output")
         outputs = [outputs] if isinstance(outputs, str) else outputs
         if not outputs or "input" not in row:
             raise UserError(f"{path}: instance {skip + n} has no input or no output")
-        instances.append(Instance(row.get("id", f"{n}"), row["input"], outputs))
+        instances.append(Instance(row.get("id", f"{name}-{skip + n}"), row["input"], outputs))
+    if len({x.id for x in instances}) < len(instances):
+        raise UserError(f"{path}: two instances have the same id")
     if not instances and not skip:
         raise UserError(f"{path}: no Instances; every task needs some")
     for n, row in enumerate(record.get("Positive Examples", []), 1):
         if "input" not in row or "output" not in row:
             raise UserError(f"{path}: Positive Example {n} has no input or no output")
         demonstrations.append((row["input"], row["output"]))
-    return Task(os.path.basename(path).removesuffix(".json"), (record.get("Categories") or ["none"])[0],
+    return Task(name, (record.get("Categories") or ["none"])[0],
                 [d.strip() for d in definitions], demonstrations, instances)
 
 
@@ -194,6 +196,10 @@ def labels(tokenizer, texts: list[str], limit: int, device="cpu") -> torch.Tenso
 # A batch is a pure function of (seed, step, number of the micro-batch among all ranks'): a resumed run needs no loader
 # state, and two ranks draw what one process would have drawn in two micro-batches.
 
+def batches(items: list, size: int) -> list[list]:
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
 @dataclass
 class Draw:
     """One task of a mixed-task batch: an instruction, and (input, output) pairs it is to be followed on."""
@@ -232,16 +238,32 @@ def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: i
     return Draw(task, definition, demonstrations, pairs[:n_instances])
 
 
+def read_json_lines(path: str, remedy: str, *keys: str) -> list[dict]:
+    """The objects of a JSON-lines file. Raises UserError naming the line that is none or lacks one of the keys."""
+    with named_file(path, remedy), open(path, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                missing = [key for key in keys if key not in row] if isinstance(row, dict) else ["object"]
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {n}: not JSON: {error}; {remedy}") from None
+            if missing:
+                raise UserError(f"{path}, line {n}: no {missing[0]}; {remedy}")
+            rows.append(row)
+    return rows
+
+
 def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
     """Token ids, without the end token, of a text file: one document a line, plain or JSON lines with "text" (C4's form)."""
-    with named_file(path, "--text names plain text in UTF-8, one document a line"), open(path, encoding="utf-8") as f:
-        lines = [line for line in f.read().splitlines() if line.strip()]
+    remedy = "--text names plain text in UTF-8, one document a line, or JSON lines with a text"
     if path.endswith((".json", ".jsonl")):
-        for n, line in enumerate(lines):
-            try:
-                lines[n] = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f"{path}, line {n + 1}: not a JSON object with a text") from None
+        lines = [row["text"] for row in read_json_lines(path, remedy, "text")]
+    else:
+        with named_file(path, remedy), open(path, encoding="utf-8") as f:
+            lines = [line for line in f.read().splitlines() if line.strip()]
     ids = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
     documents = [row for row in ids if len(row) >= 3]
     if not documents:

@@ -2,44 +2,72 @@
 
 Launch:
     python evaluate.py                                          # the built-in suite, the checkpoint in runs/sample/finetune
-    python evaluate.py --bench sample --checkpoint DIR --split validation
+    python evaluate.py --bench sni --checkpoint DIR             # Super-NaturalInstructions, the data its training had
+    python evaluate.py --bench sni --data DIR --rows copy_input,copy_demo
+    python evaluate.py --rescore predictions.jsonl --references test_references.jsonl
     python evaluate.py --instruction "Find the city ." --input "Anna went to Paris on Monday ." --input "..."
     python evaluate.py --ablations --seeds 3                    # retrain finetuning without each part (Table 4)
 
-Predictions are written to predictions.jsonl before they are scored; results.json and results.md hold the table.
+Predictions are written to predictions.jsonl as they come; an interrupted evaluation goes on from there. results.json and
+results.md hold the tables.
 """
+import functools
 import json
 import os
+import string
 import sys
-import time
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import common
 import config
 import data
 import lora
 import report
+from cost import measure_cost
 from hypernet import TAGI
 from rouge import rouge_l
-from train_teacher import load_teachers
+from train_teacher import check_teachers, load_teachers
+
+TASKS_AT_ONCE = 16                              # whose adapters are held at a time
+ROWS = {
+    "tagi": "TAGI, right instruction",
+    "tagi_shuffled": "TAGI, shuffled instruction",
+    "tagi_empty": "TAGI, empty instruction",
+    "tagi_unseen_wording": "TAGI, unseen wording",
+    "meta_unseen_wording": "meta-trained, unseen wording",
+    "meta": "meta-trained, instruction in input",
+    "meta_lora": "meta-trained with one LoRA",
+    "no_finetuning": "no finetuning, instruction in input",
+    "no_instruction": "frozen LLM, no instruction",
+    "teachers": "LoRA teachers, held-out instances of training tasks",
+    "copy_input": "copy the input",
+    "copy_demo": "copy the first demonstration's output",
+}
+HEURISTICS = {"copy_input", "copy_demo"}
 
 
 def parser():
     p = config.Parser(__doc__)
     config.add_shared_options(p)
     g = p.add_argument_group("evaluation")
-    g.add_argument("--bench", default="sample", choices=["sample"])
-    g.add_argument("--checkpoint", help="folder of a finetuned TAGI; default: finetune under --runs")
+    g.add_argument("--bench", choices=["sample", "sni"], help="default: sample, the built-in suite; it counts exact match "
+                   "strictly, sni as the official script")
+    g.add_argument("--checkpoint", help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs and "
+                   "the like; default: finetune under --runs")
     g.add_argument("--split", default="test", help="test, or validation to choose settings on")
-    g.add_argument("--batch-size", type=config.positive, default=250)
+    g.add_argument("--eval-instances", type=config.positive, default=100, help="instances of each task, the first ones")
+    g.add_argument("--rows", help="only these rows of the table: " + ", ".join(ROWS))
+    g.add_argument("--batch-size", type=config.positive, help="default: 250 for the built-in suite, else 20")
     g.add_argument("--out", help="where the results go; default: evaluate under --runs")
-    g.add_argument("--tagi-only", default=False, help="only the row of the right instruction, without costs",
-                   **config.flag)
     g.add_argument("--floor", type=float, help="exit 1 where TAGI's exact match (Def) is below this")
     g.add_argument("--floor-margin", type=float, help="exit 1 where it is not this far above the shuffled instruction's")
+    g = p.add_argument_group("predictions that are there")
+    g.add_argument("--rescore", help="score this file, JSON lines with id and prediction, without a model")
+    g.add_argument("--references", help="JSON lines with id and references, where --rescore's file has none (the official "
+                   "test_references.jsonl)")
     g = p.add_argument_group("your own instruction")
     g.add_argument("--instruction", help="a task definition: answer each --input by it, and do nothing else")
     g.add_argument("--input", action="append", default=[], help="an instance (may be given several times)")
@@ -53,12 +81,184 @@ def parser():
 
 # ---------------------------------------------------------------------------------------------------------- metrics
 
-def exact_match(prediction: str, references: list[str]) -> float:
-    """1.0 where the prediction is one of the references, white space folded."""
-    return float(" ".join(prediction.split()) in {" ".join(r.split()) for r in references})
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact_match(prediction: str, references: list[str], strict: bool = False) -> float:
+    """1.0 where the prediction is one of the references: as in the official script lower-cased, without ASCII punctuation,
+    white space folded. strict: white space alone is folded (the built-in suite, where brackets and quotes are the task)."""
+    def folded(text):
+        return " ".join((text if strict else text.lower().translate(WITHOUT_PUNCTUATION)).split())
+    return float(folded(prediction) in map(folded, references))
+
+
+def score(row, demos, records, strict) -> dict:
+    """One line of the table from its predictions: exact match and ROUGE-L × 100, means over instances.
+
+    records: dicts with task, category, prediction, references. With 95 % bootstrap intervals over tasks, and the means of
+    every category and task.
+    """
+    result = {"row": row, "demos": demos, "instances": len(records)}
+    for key in ("task", "category"):
+        names, owner = np.unique([r[key] for r in records], return_inverse=True)
+        for name, metric in (("exact_match", functools.partial(exact_match, strict=strict)), ("rouge_l", rouge_l)):
+            values = 100 * np.array([metric(r["prediction"], r["references"]) for r in records])
+            if key == "task":
+                result |= {"tasks": len(names), name: float(values.mean()),
+                           name + "_interval": report.bootstrap_interval(values, owner)}
+            means = np.bincount(owner, values) / np.bincount(owner)
+            result.setdefault("by_" + key, {})[name] = dict(zip(names.tolist(), means.tolist()))
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------ predictions
+
+class Bench:
+    """The models under test and the tasks they are tested on, each loaded when first asked for."""
+
+    def __init__(self, options):
+        self.options = options
+        self.command = f"python train_teacher.py --stage lora{common.config_flag(options)}"
+        self.listed = len(data.listed_tasks(options.data, options.split))
+        self.tasks = data.load_sni(options.data, options.split, options.eval_instances, allow_missing=options.allow_missing)
+        self.loaded = ("", None)
+
+    @functools.cached_property
+    def tagi(self):
+        tagi = TAGI.load(checkpoint_of(self.options), self.options.device, self.options.precision)
+        return tagi.requires_grad_(False)
+
+    @functools.cached_property
+    def reworded(self):
+        return data.load_sni(self.options.data, "test_unseen_wording", self.options.eval_instances)
+
+    @functools.cached_property
+    def trained(self):
+        """Every fifth training task (enough for a mean), with instances that no teacher was trained on."""
+        tasks = data.training_tasks(self.options, 10, skip=self.options.max_instances)[::5]
+        if not tasks:
+            raise common.UserError(f"no training task in {self.options.data} has more than --max-instances "
+                                   f"{self.options.max_instances}, so none are held out; choose --rows without teachers")
+        return tasks
+
+    def tasks_of(self, row):
+        return self.trained if row == "teachers" else self.reworded if row.endswith("unseen_wording") else self.tasks
+
+    def rows(self):
+        """The rows to be made, in the table's order."""
+        o = self.options
+        if o.rows is None:
+            left_out = {"no_finetuning"} if o.bench == "sample" else {"tagi_unseen_wording", "meta_unseen_wording"}
+            if o.split != "test":
+                left_out |= {"tagi_unseen_wording", "meta_unseen_wording"}
+            if not os.path.isdir(os.path.join(o.runs, "lora-all")):        # Table 4's Tk-Instruct-LoRA, trained on demand
+                left_out |= {"meta_lora"}
+            return [row for row in ROWS if row not in left_out]
+        asked = o.rows.split(",")
+        for row in asked:
+            if row not in ROWS:
+                raise common.UserError(f"--rows: unknown row '{row}'" + config.closest(row, ROWS) + "; --help lists them")
+        return [row for row in ROWS if row in asked]
+
+    def sources(self, rows) -> dict:
+        """What the predictions depend on, so that an evaluation goes on only where all of it is the same.
+
+        Raises UserError where something that a row needs is missing, before anything is written.
+        """
+        o = self.options
+        marks = {key: getattr(o, key) for key in ("split", "precision", "max_input", "max_output")}
+        marks["tasks"] = common.digest(repr(self.tasks))
+        if any(row.endswith("unseen_wording") for row in rows):
+            marks["reworded"] = common.digest(repr(self.reworded))
+        if set(rows) - HEURISTICS:
+            marks["checkpoint"] = common.weights_digest(checkpoint_of(o)) + self.tagi.options.llm_fingerprint
+        if {"meta", "meta_unseen_wording"} & set(rows):
+            marks["meta"] = common.weights_digest(common.meta_path(o))
+        if "no_finetuning" in rows:
+            marks["base"] = common.weights_digest(common.base_path(o))
+        for row in {"teachers", "meta_lora"} & set(rows):
+            folder, unit = self.teachers_of(row)
+            check_teachers(folder, sorted({data.unit_of(t, unit) for t in self.tasks_of(row)}), self.command)
+            marks[row] = common.weights_digest(folder) + common.digest(repr(self.tasks_of(row)))
+        return marks
+
+    def teachers_of(self, row):
+        """(folder of the LoRA teachers, what each is for)."""
+        name, unit = ("lora", self.tagi.options.unit) if row == "teachers" else ("lora-all", "all")
+        return os.path.join(self.options.runs, name), unit
+
+    def llm(self, path):
+        """Another checkpoint beside the frozen LLM, one at a time; None where it is the frozen LLM itself."""
+        if self.loaded[0] != path:
+            self.loaded = ("", None)                                        # makes room
+            other = common.load_llm(path, "cpu", self.options.precision, self.tagi.options.attention)[0]
+            same = common.fingerprint(other) == self.tagi.options.llm_fingerprint
+            self.loaded = (path, None if same else other.to(self.options.device).requires_grad_(False))
+        return self.loaded[1]
+
+    def answerer(self, row, demos, tasks):
+        """A function from a batch of (task, instance) pairs of these tasks to texts: how this row of the table answers."""
+        match row:
+            case "tagi" | "tagi_unseen_wording":
+                return self.student(demos, tasks, tasks)
+            case "tagi_shuffled":
+                other = dict(zip([t.name for t in self.tasks], shuffled(self.tasks)))
+                return self.student(demos, tasks, [other[t.name] for t in tasks])
+            case "tagi_empty":
+                return self.student(demos, tasks, [None] * len(tasks))
+            case "meta" | "meta_unseen_wording":
+                return self.reader(demos, llm=self.llm(common.meta_path(self.options)))
+            case "no_finetuning":
+                return self.reader(demos, llm=self.llm(common.base_path(self.options)))
+            case "no_instruction":
+                return lambda pairs: self.ask([("", [], x.input) for _, x in pairs])
+            case "teachers" | "meta_lora":
+                return self.reader(demos, teachers=self.teachers(tasks, *self.teachers_of(row)))
+            case "copy_input":
+                return lambda pairs: [x.input for _, x in pairs]
+            case "copy_demo":
+                return lambda pairs: [t.demonstrations[0][1] if t.demonstrations else "" for t, _ in pairs]
+
+    def student(self, demos, tasks, instructed_by):
+        """TAGI where tasks[i] is given the instruction of instructed_by[i]; None: an empty one."""
+        adapters = self.tagi.adapt([t.definitions[0] if t else "" for t in instructed_by],
+                                   [t.demonstrations[:demos] if t else [] for t in instructed_by])
+        number = {task.name: n for n, task in enumerate(tasks)}
+
+        def answer(pairs):
+            index = [number[task.name] for task, _ in pairs]
+            index = index[:1] if len(set(index)) == 1 else index            # one task: one row for all, not a copy for each
+            return self.tagi.generate([x.input.strip() or "." for _, x in pairs],      # an empty input is read as "." anyway
+                                      adapters.select(index), batch_size=len(pairs), max_new_tokens=self.options.max_output)
+        return answer
+
+    def reader(self, demos, llm=None, teachers=None):
+        """An LLM (None: the frozen one) that reads the instruction with every instance, as it is or with LoRA teachers."""
+        def answer(pairs):
+            weights = None
+            if teachers is not None:
+                stacked, number = teachers
+                weights = lora.select(stacked, torch.tensor([number[task.name] for task, _ in pairs]))
+            return self.ask([(t.definitions[0], t.demonstrations[:demos], x.input) for t, x in pairs], weights, llm)
+        return answer
+
+    def teachers(self, tasks, folder, unit):
+        """(the LoRA teachers of these tasks, stacked, {task name: its teacher's number})."""
+        units = sorted({data.unit_of(t, unit) for t in tasks})
+        stacked = load_teachers(folder, units, self.tagi.llm, self.tagi.options, self.command)
+        return stacked, {t.name: units.index(data.unit_of(t, unit)) for t in tasks}
+
+    def ask(self, items, weights=None, llm=None, **options):
+        """Greedy answers of a plain LLM (default: the frozen one) to (definition, demonstrations, input) items, with LoRA
+        weights, a row per item, where given."""
+        ids, mask = data.tokenize_instructed(self.tagi.tokenizer, items, self.options.max_input, self.tagi.device)
+        with torch.no_grad(), self.tagi.adapted(None) as frozen:
+            if weights is not None:
+                lora.set_weights(frozen, weights)
+            out = (llm or frozen).generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
+                                           **{"max_new_tokens": self.options.max_output, **options})
+        return self.tagi.tokenizer.batch_decode(out, skip_special_tokens=True)
+
 
 def checkpoint_of(options):
     folder = options.checkpoint or os.path.join(options.runs, "finetune")
@@ -68,69 +268,6 @@ def checkpoint_of(options):
     return folder
 
 
-class Bench:
-    """The models under test and the tasks they are tested on."""
-
-    def __init__(self, options):
-        self.options = options
-        checkpoint = checkpoint_of(options)
-        self.tagi = TAGI.load(checkpoint, options.device, options.precision)
-        self.tagi.requires_grad_(False)
-        self.tokenizer = self.tagi.tokenizer
-        self.tasks = data.load_sni(options.data, options.split, 100)
-
-    def ask(self, items, weights=None, llm=None, **options):
-        """Greedy answers of a plain LLM (default: the frozen one) to (definition, demonstrations, input) items, with LoRA
-        weights, a row per item, where given."""
-        outputs = []
-        for i in range(0, len(items), self.options.batch_size):
-            ids, mask = data.tokenize_instructed(self.tokenizer, items[i:i + self.options.batch_size],
-                                                 self.options.max_input, self.tagi.device)
-            with torch.no_grad(), self.tagi.adapted(None) as frozen:
-                if weights is not None:
-                    lora.set_weights(frozen, lora.select(weights, slice(i, i + len(ids))))
-                out = (llm or frozen).generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
-                                               **{"max_new_tokens": self.options.max_output, **options})
-            outputs += self.tokenizer.batch_decode(out, skip_special_tokens=True)
-        return outputs
-
-    def prompts(self, tasks, demos):
-        return [(t.definitions[0], t.demonstrations[:demos], x.input) for t in tasks for x in t.instances]
-
-    def meta_trained(self, tasks, demos):
-        return self.ask(self.prompts(tasks, demos), llm=self.meta_llm())
-
-    def meta_llm(self):
-        """The meta-trained model: the frozen LLM itself, or where that is another one, a second checkpoint."""
-        folder = os.path.join(self.options.runs, "meta")
-        if not hasattr(self, "_meta"):
-            same = common.fingerprint(self.tagi.llm) == common.fingerprint(common.load_llm(folder)[0])
-            self._meta = None if same else common.load_llm(
-                folder, self.options.device, self.options.precision, self.tagi.options.attention)[0]
-        return self._meta
-
-    def without_instruction(self, tasks, demos):
-        return self.ask([("", [], x.input) for t in tasks for x in t.instances])
-
-    def teachers(self, tasks, demos, name="lora", unit=None):
-        """LoRA teachers read instruction and input, as they were trained to."""
-        o = self.tagi.options
-        units = [data.unit_of(t, unit or o.unit) for t in tasks]
-        weights = load_teachers(os.path.join(self.options.runs, name), sorted(set(units)), self.tagi.llm, o,
-                                f"python train_teacher.py --stage lora{common.config_flag(self.options)}")
-        rows = [sorted(set(units)).index(unit) for unit, t in zip(units, tasks) for _ in t.instances]
-        return self.ask(self.prompts(tasks, demos), lora.select(weights, torch.tensor(rows)))
-
-    def tagi_with(self, tasks, demos, instructed_by=None):
-        """TAGI where task i is given the instruction of instructed_by[i] (default its own; None: an empty one)."""
-        givers = tasks if instructed_by is None else instructed_by
-        adapters = self.tagi.adapt([g.definitions[0] if g else "" for g in givers],
-                                   [g.demonstrations[:demos] if g else [] for g in givers])
-        rows = [i for i, t in enumerate(tasks) for _ in t.instances]
-        return self.tagi.generate([x.input for t in tasks for x in t.instances], adapters.select(rows),
-                                  batch_size=self.options.batch_size, max_new_tokens=self.options.max_output)
-
-
 def shuffled(tasks):
     """Every task's instruction replaced by that of another one: a random cycle, always the same."""
     order = np.random.default_rng(0).permutation(len(tasks))
@@ -138,109 +275,115 @@ def shuffled(tasks):
     return [tasks[other[i]] for i in range(len(tasks))]
 
 
-def predict_rows(bench, tagi_only):
-    """Yield (row, demonstrations, tasks, predictions) for every line of the table."""
-    tasks, options = bench.tasks, bench.options
-    n = [t.name for t in tasks]
-    for demos in (0, 2):
-        yield "TAGI, right instruction", demos, tasks, bench.tagi_with(tasks, demos)
-        if tagi_only:
-            continue
-        yield "TAGI, shuffled instruction", demos, tasks, bench.tagi_with(tasks, demos, shuffled(tasks))
-        yield "TAGI, empty instruction", demos, tasks, bench.tagi_with(tasks, demos, [None] * len(n))
-        if options.split == "test":
-            reworded = data.load_sni(options.data, "test_unseen_wording", 100)
-            yield "TAGI, unseen wording", demos, reworded, bench.tagi_with(reworded, demos)
-            yield "meta-trained, unseen wording", demos, reworded, bench.meta_trained(reworded, demos)
-        yield "meta-trained, instruction in input", demos, tasks, bench.meta_trained(tasks, demos)
-        if os.path.isdir(os.path.join(options.runs, "lora-all")):          # Table 4's Tk-Instruct-LoRA
-            yield "meta-trained with one LoRA", demos, tasks, bench.teachers(tasks, demos, "lora-all", "all")
-        yield "frozen LLM, no instruction", demos, tasks, bench.without_instruction(tasks, demos)
-        trained = data.load_sni(options.data, "train", 10, skip=options.max_instances)[::5]     # every fifth task will do
-        yield "LoRA teachers, held-out instances of training tasks", demos, trained, bench.teachers(trained, demos)
-        yield "copy the input", demos, tasks, [x.input for t in tasks for x in t.instances]
-        yield "copy the first demonstration's output", demos, tasks, [
-            t.demonstrations[0][1] if t.demonstrations else "" for t in tasks for _ in t.instances]
-
-
-# ------------------------------------------------------------------------------------------------------------- cost
-
-def measure_cost(bench, demos, n=100, repeats=7, n_tasks=4):
-    """FLOPs and milliseconds per instance for n instances of one task, every answer as long as the mean reference.
-
-    {row: {"flops": .., "ms": ..}}: FLOPs from PyTorch's counter, adapter generation and merging included; times are
-    medians over tasks and repeats, the ways taking turns.
-    """
-    references = [x.outputs[0] for t in bench.tasks for x in t.instances]
-    tagi, length = bench.tagi, round(np.mean([len(ids) for ids in bench.tokenizer(references)["input_ids"]]))
-    fixed = {"min_new_tokens": length, "max_new_tokens": length}
-    bench.meta_llm()
-
-    def merged(task, inputs):
-        adapter = tagi.adapt([task.definitions[0]], [task.demonstrations[:demos]])
-        tagi.merge(adapter)
-        tagi.generate(inputs, adapter, batch_size=bench.options.batch_size, **fixed)
-        tagi.unmerge()
-
-    ways = {
-        "meta-trained, instruction in input": lambda task, inputs: bench.ask(
-            [(task.definitions[0], task.demonstrations[:demos], x) for x in inputs], llm=bench.meta_llm(), **fixed),
-        "frozen LLM, no instruction": lambda task, inputs: bench.ask([("", [], x) for x in inputs], **fixed),
-        "TAGI, right instruction": merged}
-    flops, seconds = {w: [] for w in ways}, {w: [] for w in ways}
-    for task in bench.tasks[::max(1, len(bench.tasks) // n_tasks)][:n_tasks]:
-        inputs = [task.instances[i % len(task.instances)].input for i in range(n)]
-        for way, run in ways.items():                                       # the first run, counted, also warms up
-            with FlopCounterMode(display=False) as counter:
-                run(task, inputs)
-            flops[way].append(counter.get_total_flops() / n)
-        for _ in range(repeats):
-            for way, run in ways.items():
-                start = time.perf_counter()
-                run(task, inputs)
-                seconds[way].append((time.perf_counter() - start) / n)
-    return {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) * 1000} for way in ways}
+def predict(bench, row, demos, done, file):
+    """One row's predictions, as records in the order of its tasks; those not in `done` are made, added to it and written."""
+    tasks, records = bench.tasks_of(row), []
+    bar = tqdm(total=sum(len(t.instances) for t in tasks), desc=f"{ROWS[row]}, {report.SETTINGS[demos]}", disable=None,
+               leave=False, dynamic_ncols=True)
+    for group in data.batches(tasks, TASKS_AT_ONCE):
+        pairs = [(task, x) for task in group for x in task.instances]
+        todo = [(task, x) for task, x in pairs if (ROWS[row], demos, task.name, x.id) not in done]
+        bar.update(len(pairs) - len(todo))
+        answer = bench.answerer(row, demos, group) if todo else None
+        for batch in data.batches(todo, bench.options.batch_size):
+            for (task, x), text in zip(batch, answer(batch), strict=True):
+                record = {"row": ROWS[row], "demos": demos, "id": x.id, "task": task.name, "category": task.category,
+                          "prediction": text, "references": x.outputs}
+                done[ROWS[row], demos, task.name, x.id] = record
+                file.write(json.dumps(record) + "\n")
+            file.flush()
+            bar.update(len(batch))
+        records += [done[ROWS[row], demos, task.name, x.id] for task, x in pairs]
+    bar.close()
+    return records
 
 
 # ------------------------------------------------------------------------------------------------------------- main
 
-def score(row, demos, tasks, predictions):
-    """One line of the table: exact match and ROUGE-L × 100, mean over instances, 95 % bootstrap interval over tasks."""
-    result = {"row": row, "demos": demos, "tasks": len(tasks), "instances": len(predictions)}
-    owner = np.repeat(np.arange(len(tasks)), [len(t.instances) for t in tasks])
-    references = [x.outputs for t in tasks for x in t.instances]
-    for name, metric in (("exact_match", exact_match), ("rouge_l", rouge_l)):
-        values = 100 * np.array([metric(p, r) for p, r in zip(predictions, references)])
-        result[name] = float(values.mean())
-        result[name + "_interval"] = report.bootstrap_interval(values, owner)
-        if name == "exact_match":
-            result["by_category"] = {c: float(values[[tasks[t].category == c for t in owner]].mean())
-                                     for c in sorted({t.category for t in tasks})}
-    return result
-
-
 def run(options):
-    """Every row at Def and Def + 2 Pos -> the list of result dictionaries, also written to --out."""
+    """Make every row at Def and Def + 2 Pos, score it, measure costs -> the results, as written to results.json."""
     common.write_suite(options)
+    if options.bench == "sni" and options.data == common.SUITE:
+        raise common.UserError(f"--bench sni needs --data, a folder in its layout: {data.GET_SNI}")
     bench = Bench(options)
-    out = options.out or os.path.join(options.runs, "evaluate")
+    rows, out = bench.rows(), out_of(options)
+    done = open_predictions(out, options, bench.sources(rows))
+    scores = []
+    with open(f"{out}/predictions.jsonl", "a", encoding="utf-8") as file:
+        try:
+            for row in rows:
+                for demos in report.SETTINGS:
+                    records = predict(bench, row, demos, done, file)
+                    scores.append({"key": row} | score(ROWS[row], demos, records, options.bench == "sample"))
+        except KeyboardInterrupt:
+            print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same command again to go on")
+            sys.exit(130)
+    if {"tagi", "meta"} <= set(rows):
+        costs = {demos: measure_cost(bench, demos) for demos in report.SETTINGS}
+        for result in scores:
+            result |= costs[result["demos"]].get(result["key"], {})
+    published = []
+    if options.bench == "sni" and set(rows) - HEURISTICS:
+        published = report.published_sni(bench.tagi.llm.config)
+    return {"bench": options.bench, "split": options.split, "tasks": len(bench.tasks), "listed": bench.listed,
+            "results": scores, "published": published, "versions": common.versions()}
+
+
+def out_of(options):
+    return options.out or os.path.join(options.runs, "evaluate")
+
+
+def open_predictions(out, options, sources) -> dict:
+    """What an evaluation of the same models and data has predicted so far, {(row, demos, task, id): record}.
+
+    Predictions of other models or data are set aside as predictions.jsonl.old.
+    """
     common.make_folder(out)
-    results = []
-    with open(f"{out}/predictions.jsonl.tmp", "w", encoding="utf-8") as f:  # an evaluation that fails leaves the last one's
-        for row, demos, tasks, predictions in predict_rows(bench, options.tagi_only):
-            instances = [(t, x) for t in tasks for x in t.instances]
-            for (t, x), prediction in zip(instances, predictions):
-                f.write(json.dumps({"row": row, "demos": demos, "id": x.id, "task": t.name, "category": t.category,
-                                    "prediction": prediction, "references": x.outputs}) + "\n")
-            f.flush()
-            results.append(score(row, demos, tasks, predictions))
-    os.replace(f"{out}/predictions.jsonl.tmp", f"{out}/predictions.jsonl")
-    costs = {} if options.tagi_only else {demos: measure_cost(bench, demos) for demos in (0, 2)}
-    for result in results:
-        result.update(costs.get(result["demos"], {}).get(result["row"], {}))
-    common.write_text(f"{out}/results.json", json.dumps({"split": options.split, "results": results,
-                                                         "versions": common.versions()}, indent=1))
-    return results, out
+    path, record, done = f"{out}/predictions.jsonl", f"{out}/config.yaml", {}
+    if os.path.isfile(path):
+        before = common.read_yaml(record, "choose another --out, or start over with --fresh").get("sources", {})
+        if options.fresh or any(before.get(key, mark) != mark for key, mark in sources.items()):
+            os.replace(path, path + ".old")
+        else:
+            sources = before | sources
+            with open(path, encoding="utf-8") as f:
+                text = f.read()
+            common.write_text(path + ".tmp", text[:text.rfind("\n") + 1])   # a line that was cut off goes
+            os.replace(path + ".tmp", path)
+            done = {(r["row"], r["demos"], r["task"], r["id"]): r for r in data.read_json_lines(
+                path, "start over with --fresh", "row", "demos", "task", "id", "prediction")}
+    common.write_yaml(record, {**vars(options), "sources": sources, "versions": common.versions()})
+    return done
+
+
+def rescore(options):
+    """The results of predictions that are there, in our own form or the official one; a missing one scores as empty."""
+    records = data.read_json_lines(options.rescore, "--rescore reads predictions, one JSON object a line", "id", "prediction")
+    rows, official = {}, None
+    for r in records:
+        rows.setdefault((r.get("row", os.path.basename(options.rescore)), r.get("demos")), []).append(r)
+    if options.references:
+        official = {r["id"]: r for r in data.read_json_lines(
+            options.references, "--references reads the official test_references.jsonl", "id", "references")}
+    scores = []
+    for (row, demos), group in rows.items():
+        given = {r["id"]: r for r in group}
+        unknown = [name for name in given if official is not None and name not in official]
+        if unknown:
+            raise common.UserError(f"{options.rescore}: {len(unknown)} ids are not in {options.references}: "
+                                   f"{', '.join(map(str, unknown[:3]))} …; name the reference file of these predictions")
+        for n, r in enumerate(group, 1):
+            if official is None and not {"references", "task", "category"} <= r.keys():
+                raise common.UserError(f"{options.rescore}: the prediction of {r['id']} has no references, task and category; "
+                                       "name the official reference file with --references")
+        if official is not None:
+            group = [{"task": r.get("task_id", "all"), "category": r.get("task_category", "all"),
+                      "references": r["references"], "prediction": given.get(name, {"prediction": ""})["prediction"]}
+                     for name, r in official.items()]
+            if len(given) < len(official):
+                print(f"{row}: {len(official) - len(given)} of {len(official)} instances have no prediction and score as empty")
+        scores.append(score(row, demos, group, options.bench == "sample"))
+    return {"bench": options.bench, "split": "rescored", "results": scores, "published": [], "versions": common.versions()}
 
 
 def answer(options):
@@ -256,23 +399,31 @@ def answer(options):
 @common.command
 def main(argv=None):
     options = config.parse(parser(), "evaluate", argv)
+    options.bench = options.bench or ("sni" if options.rescore else "sample")
+    options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
+    rows = ROWS if options.rows is None else options.rows.split(",")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise common.UserError("evaluation is one process; start it with python evaluate.py")
     if options.input and options.instruction is None:
         raise common.UserError("--input needs an --instruction to answer it by")
-    if options.tagi_only and options.floor_margin is not None:
-        raise common.UserError("--floor-margin is over the shuffled instruction's row, which --tagi-only leaves out; drop "
+    if options.floor is not None and "tagi" not in rows or options.floor_margin is not None and "tagi_shuffled" not in rows:
+        raise common.UserError("--floor and --floor-margin are about tagi and tagi_shuffled, which --rows leaves out; drop "
                                "one of them")
     if options.instruction is not None:
         return answer(options)
     if options.ablations:
         return report.ablations(options)
-    results, out = run(options)
-    text = report.main_table(results, options.split)
+    results = rescore(options) if options.rescore else run(options)
+    text = report.main_table(results) + "\n\n" + report.category_table(results)
     print(text)
-    common.write_text(f"{out}/results.md", text + "\n")
-    em = {r["row"]: r["exact_match"] for r in results if r["demos"] == 0}
-    right, wrong = em["TAGI, right instruction"], em.get("TAGI, shuffled instruction")
+    if options.out or not options.rescore:
+        out = out_of(options)
+        common.make_folder(out)
+        common.write_text(f"{out}/results.json", json.dumps(results, indent=1))
+        common.write_text(f"{out}/results.md", text + "\n")
+        report.category_chart(results, f"{out}/categories.png")
+    em = {r["row"]: r["exact_match"] for r in results["results"] if r["demos"] == 0}
+    right, wrong = em.get(ROWS["tagi"]), em.get(ROWS["tagi_shuffled"])
     if options.floor is not None and right < options.floor:
         sys.exit(f"TAGI's exact match of {right:.1f} misses the floor of {options.floor}")
     if options.floor_margin is not None and right - wrong < options.floor_margin:

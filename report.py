@@ -37,28 +37,99 @@ def bootstrap_interval(values, owner, samples=2000, seed=0):
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
 
-def main_table(results: list[dict], split: str) -> str:
-    """Both settings as Markdown; costs relative to the meta-trained row."""
-    lines = []
-    for demos, setting in SETTINGS.items():
-        rows = [r for r in results if r["demos"] == demos]
-        if not rows:
-            continue
+def main_table(results: dict) -> str:
+    """Both settings as Markdown; costs relative to the meta-trained row. results: as `evaluate.run` returns them."""
+    lines, n = [], 1 if results["bench"] == "sample" else 100                # costs are per instance, or per task of 100
+    metrics = ("exact_match", "rouge_l") if results["bench"] == "sample" else ("rouge_l", "exact_match")
+    titles = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
+    unit = "instance" if n == 1 else f"task of {n}"
+    for demos in dict.fromkeys(r["demos"] for r in results["results"]):
+        rows = [r for r in results["results"] if r["demos"] == demos]
         reference = next((r for r in rows if r["row"] == "meta-trained, instruction in input"), {})
-        lines += [f"\n**{setting}**, {split} tasks\n",
-                  "| | exact match | 95 % | ROUGE-L | 95 % | tasks | ms / instance | FLOPs / instance |",
-                  "|---|--:|---|--:|---|--:|--:|--:|"]
+        lines += [f"\n**{SETTINGS.get(demos, 'all')}**, {coverage(results)}\n",
+                  f"| | {titles[metrics[0]]} | 95 % | {titles[metrics[1]]} | 95 % | tasks | ms / {unit} | FLOPs / {unit} | N(t + n·i) |",
+                  "|---|--:|---|--:|---|--:|--:|--:|--:|"]
         for r in rows:
-            cost = ["", ""]
-            if "ms" in r:
-                cost = [f"{r['ms']:.2f} ({r['ms'] / reference['ms']:.2f}x)",
-                        f"{r['flops'] / 1e6:.1f} M ({r['flops'] / reference['flops']:.2f}x)"]
-            cells = [r["row"]]
-            for metric in ("exact_match", "rouge_l"):
+            cells, cost = [r["row"]], ["", "", ""]
+            if "ms" in r and "ms" in reference:
+                cost = [f"{r['ms'] * n:.{2 if n == 1 else 0}f} ({r['ms'] / reference['ms']:.2f}x)",
+                        f"{in_units(r['flops'] * n)} ({r['flops'] / reference['flops']:.2f}x)", f"{r['formula']:.2f}x"]
+            for metric in metrics:
                 low, high = r[metric + "_interval"]
                 cells += [f"{r[metric]:.1f}", f"{low:.1f} – {high:.1f}"]
             lines.append("| " + " | ".join(cells + [str(r["tasks"])] + cost) + " |")
+        for r in results["published"]:
+            if r["demos"] == demos:
+                lines.append(f"| {r['row']} | {r['rouge_l']:.1f} |  |  |  | 119 |  | ({r['flops_ratio']:.2f}x) |  |")
     return "\n".join(lines)
+
+
+def coverage(results: dict) -> str:
+    """Which tasks the numbers are over; 53/119 where a split's tasks are not all there."""
+    if results["split"] == "rescored":
+        return "rescored predictions"
+    tasks = f"{results['tasks']}/{results['listed']} " if results["tasks"] < results["listed"] else ""
+    return f"{tasks}{results['split']} tasks"
+
+
+def in_units(x: float) -> str:
+    for unit in ("M", "G", "T"):
+        x /= 1e6 if unit == "M" else 1e3
+        if x < 1000 or unit == "T":
+            return f"{x:.1f} {unit}"
+
+
+SIZES = {(768, 12): 0, (2048, 24): 1, (4096, 24): 2}                     # (d_model, layers) of T5 Base, XL, XXL -> column
+
+
+def published_sni(llm_config) -> list[dict]:
+    """The paper's rows (its Table 2) for an LLM of this size; none for a size that it does not have."""
+    size = SIZES.get((llm_config.d_model, llm_config.num_layers))
+    if size is None:
+        return []
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "paper_results.yaml")
+    rows = common.read_yaml(path, "restore it from the repository")["sni"]
+    return [{"row": f"paper: {name}", "demos": demos, "rouge_l": row[setting][size], "flops_ratio": row["rel_flops"]}
+            for demos, setting in ((0, "def"), (2, "def_2pos")) for name, row in rows.items() if row[setting][size] is not None]
+
+
+def category_table(results: dict) -> str:
+    """One line a category, one column a row of the main table, for every setting; heuristics are left out."""
+    metric = "exact_match" if results["bench"] == "sample" else "rouge_l"
+    lines = []
+    for demos in dict.fromkeys(r["demos"] for r in results["results"]):
+        rows = [r for r in results["results"] if r["demos"] == demos]
+        trained = [r for r in rows if r["row"].startswith("LoRA teachers")]         # over other tasks, so other categories
+        rows = [r for r in rows if r not in trained] or rows
+        categories = sorted({c for r in rows for c in r["by_category"][metric]})
+        lines += [f"\n**{SETTINGS.get(demos, 'all')}** by category, {metric.replace('_', ' ')}, {coverage(results)}\n",
+                  "| | " + " | ".join(r["row"] for r in rows) + " |", "|---|" + "--:|" * len(rows)]
+        for category in categories:
+            cells = (f"{r['by_category'][metric][category]:.1f}" for r in rows)
+            lines.append(f"| {category} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def category_chart(results: dict, path: str) -> None:
+    """A bar chart of category_table's first setting, where matplotlib happens to be installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    metric = "exact_match" if results["bench"] == "sample" else "rouge_l"
+    first = results["results"][0]["demos"]
+    rows = [r for r in results["results"] if r["demos"] == first and not r["row"].startswith("LoRA teachers")]
+    categories = sorted({c for r in rows for c in r["by_category"][metric]})
+    figure = Figure(figsize=(8, 1 + 0.12 * len(categories) * len(rows)), layout="constrained")
+    axes, height = figure.subplots(), 0.8 / len(rows)
+    for n, r in enumerate(rows):
+        axes.barh([y + n * height for y in range(len(categories))], [r["by_category"][metric][c] for c in categories], height,
+                  label=r["row"])
+    axes.set_yticks([y + 0.4 - height / 2 for y in range(len(categories))], categories)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric.replace('_', ' ')}, {SETTINGS.get(first, 'all')}, {coverage(results)}")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
 
 
 # -------------------------------------------------------------------------------------------------------- ablations
@@ -87,7 +158,7 @@ def ablations(options) -> None:
             out = f"{options.runs}{name}/evaluate-{run}"
             if not os.path.isfile(f"{out}/results.json"):
                 python("evaluate.py", *shared[seed], f"--checkpoint={options.runs}{name}/{run}", f"--out={out}",
-                       f"--split={options.split}", *["--tagi-only"] * bool(flags))
+                       f"--split={options.split}", *["--rows=tagi"] * bool(flags))
             with open(f"{out}/results.json") as f:
                 for r in json.load(f)["results"]:
                     label = row if r["row"] == "TAGI, right instruction" else r["row"]

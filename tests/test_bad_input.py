@@ -54,7 +54,7 @@ def test_a_stage_before_the_one_it_needs_names_the_command_to_run(project, stage
 
 def test_a_student_whose_frozen_llm_is_gone_says_where_it_should_be(project):
     shutil.rmtree(project.runs / "meta")
-    line = project.refuses("evaluate", "--tagi-only")
+    line = project.refuses("evaluate", "--rows=tagi")
     assert str(project.runs / "meta") in line.replace("finetune/../", "") and "Repo id" not in line
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_training_task_is_named(project, tmp_path, edit, said):
 @pytest.mark.parametrize("edit, said", [DAMAGE[0], DAMAGE[3], DAMAGE[6], DAMAGE[8]], ids=["cut", "no Definition", "output []", "Instances []"])
 def test_a_damaged_test_task_is_named(project, tmp_path, edit, said):
     other = damaged(project, tmp_path, "validation", edit)
-    line = other.refuses("evaluate", "--tagi-only", "--data", other.data, "--split=validation")
+    line = other.refuses("evaluate", "--rows=tagi", "--data", other.data, "--split=validation")
     assert str(other.task) in line and said in line
 
 
@@ -286,7 +286,7 @@ def test_training_texts_over_the_limit_are_cut_with_one_warning(project, monkeyp
 
 def test_a_student_of_another_frozen_llm_is_refused(project):
     project.run("meta", "--fresh", "--seed=1")
-    for flags in (["--split=validation"], ["--tagi-only"], ASK):
+    for flags in (["--split=validation"], ["--rows=tagi"], ASK):
         line = project.refuses("evaluate", *flags)
         assert str(project.runs / "finetune") in line and "meta" in line and "another" in line
     assert str(project.runs / "lora") in project.refuses("finetune", "--name=other")
@@ -302,7 +302,7 @@ def test_teachers_and_students_of_another_rank_are_refused(project):
     assert str(project.runs / "pretrain") in line and "rank" in line
     record = project.runs / "finetune" / "config.yaml"
     record.write_text(record.read_text().replace("rank: 2", "rank: 3"))
-    line = project.refuses("evaluate", "--tagi-only")
+    line = project.refuses("evaluate", "--rows=tagi")
     assert str(project.runs / "finetune") in line and "rank" in line
 
 
@@ -316,14 +316,14 @@ def test_a_student_whose_targets_were_edited_is_refused(project):
     project.run("finetune", "--name=other", "--targets=q,v", "--no-pretrained", "--lambda-kl=0", "--lambda-ins=0")
     record = project.runs / "other" / "config.yaml"
     record.write_text(record.read_text().replace("targets: q,v", "targets: q,k"))
-    line = project.refuses("evaluate", "--tagi-only", "--checkpoint", project.runs / "other")
+    line = project.refuses("evaluate", "--rows=tagi", "--checkpoint", project.runs / "other")
     assert str(project.runs / "other") in line and "q,v" in line and "q,k" in line
 
 
 @pytest.mark.parametrize("file, damage", [("config.yaml", "empty"), ("config.yaml", "gone"), ("model.safetensors", "cut"),
                                           ("model.safetensors", "gone")])
 @pytest.mark.parametrize("folder, stage, flags", [
-    ("finetune", "evaluate", ["--tagi-only"]), ("finetune", "evaluate", ASK), ("pretrain", "finetune", ["--name=other"]),
+    ("finetune", "evaluate", ["--rows=tagi"]), ("finetune", "evaluate", ASK), ("pretrain", "finetune", ["--name=other"]),
     ("lora/*", "finetune", ["--name=other"]), ("meta", "pretrain", ["--name=other"]), ("base", "meta", ["--name=other"])],
     ids=["evaluate", "ask", "pretrain", "lora", "meta", "base"])
 def test_a_damaged_checkpoint_is_named(project, folder, stage, flags, file, damage):
@@ -338,7 +338,7 @@ def test_a_damaged_checkpoint_is_named(project, folder, stage, flags, file, dama
 
 @pytest.mark.parametrize("checkpoint", ["meta", "lora", "nowhere"])
 def test_a_checkpoint_that_is_no_student_is_refused(project, checkpoint):
-    for flags in (["--tagi-only"], ASK):
+    for flags in (["--rows=tagi"], ASK):
         assert str(project.runs / checkpoint) in project.refuses("evaluate", "--checkpoint", project.runs / checkpoint, *flags)
 
 
@@ -370,7 +370,7 @@ def test_runs_that_cannot_be_written_are_refused_before_training(project, tmp_pa
 
 
 def test_results_that_cannot_be_written_are_refused(project):
-    assert str(project.config) in project.refuses("evaluate", "--tagi-only", "--out", project.config)
+    assert str(project.config) in project.refuses("evaluate", "--rows=tagi", "--out", project.config)
 
 
 def test_an_evaluation_in_several_processes_is_refused(project, monkeypatch):
@@ -379,8 +379,8 @@ def test_an_evaluation_in_several_processes_is_refused(project, monkeypatch):
 
 
 def test_a_margin_needs_the_row_it_is_over(project):
-    line = project.refuses("evaluate", "--tagi-only", "--floor-margin=3")
-    assert "--floor-margin" in line and "--tagi-only" in line
+    line = project.refuses("evaluate", "--rows=tagi", "--floor-margin=3")
+    assert "--floor-margin" in line and "--rows" in line
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is lost

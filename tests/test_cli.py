@@ -32,7 +32,7 @@ WITH_COST = {"TAGI, right instruction", "meta-trained, instruction in input", "f
 
 def test_evaluate_runs_as_the_readme_calls_it(project):
     """A process of its own; test_resume.py has train_hyper.py's, test_distributed.py train_teacher.py's."""
-    done = process(*project.command("evaluate", "--tagi-only", "--split=validation", "--floor=101"), code=1)
+    done = process(*project.command("evaluate", "--rows=tagi", "--split=validation", "--floor=101"), code=1)
     assert "101" in done.stderr.splitlines()[-1]
     assert "TAGI, right instruction" in done.stdout and "Def + 2 Pos" in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
@@ -197,6 +197,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(evaluate, "measure_cost", cost)
 
 
+def strict_match(prediction, references):
+    return evaluate.exact_match(prediction, references, strict=True)
+
+
 def read(folder):
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     return predictions, json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text()
@@ -212,14 +216,14 @@ def test_evaluate_writes_every_row_at_both_settings(project, quick, split):
     for result in results["results"]:
         mine = [p for p in predictions if (p["row"], p["demos"]) == (result["row"], result["demos"])]
         assert len(mine) == result["instances"] > 0
-        for name, metric in (("exact_match", evaluate.exact_match), ("rouge_l", evaluate.rouge_l)):     # rescored offline
+        for name, metric in (("exact_match", strict_match), ("rouge_l", evaluate.rouge_l)):             # rescored offline
             values = [metric(p["prediction"], p["references"]) for p in mine]
             assert result[name] == pytest.approx(100 * sum(values) / len(values))
             low, high = result[name + "_interval"]
             assert 0 <= low <= result[name] <= high <= 100
         assert ("ms" in result and "flops" in result) == (result["row"] in WITH_COST)
     assert table.strip() == out.strip()[-len(table.strip()):] and "**Def**" in table and "**Def + 2 Pos**" in table
-    assert all(table.count(f"| {row} |") == 2 for row in rows) and "(1.00x)" in table
+    assert all(table.count(f"\n| {row} |") == 2 for row in rows) and "(1.00x)" in table
     assert {(p["task"], p["id"]) for p in predictions if p["row"] == rows[0]} == {
         (p["task"], p["id"]) for p in predictions if p["row"] == "copy the input"}
 
@@ -240,7 +244,7 @@ def test_the_copying_rows_copy(project, quick):
 
 def test_evaluate_takes_another_checkpoint_and_another_folder_for_results(project, tmp_path):
     project.run("finetune", "--name=other", "--no-hypernetwork")
-    project.run("evaluate", "--tagi-only", "--checkpoint", project.runs / "other", "--out", tmp_path / "out")
+    project.run("evaluate", "--rows=tagi", "--checkpoint", project.runs / "other", "--out", tmp_path / "out")
     _, results, _ = read(tmp_path / "out")
     assert [(r["row"], r["demos"]) for r in results["results"]] == [("TAGI, right instruction", 0), ("TAGI, right instruction", 2)]
     assert not (project.runs / "evaluate").exists()
@@ -270,10 +274,10 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, quick, monkeyp
 
 def test_a_missed_floor_is_exit_code_1_with_the_table_written(project, capsys):
     with pytest.raises(SystemExit) as end:
-        project.run("evaluate", "--tagi-only", "--floor=101")
+        project.run("evaluate", "--rows=tagi", "--floor=101")
     assert end.value.code == 1 or "101" in end.value.code                   # sys.exit(text) prints it and exits with 1
     assert "TAGI, right instruction" in read(project.runs / "evaluate")[2]
-    project.run("evaluate", "--tagi-only", "--floor=0")
+    project.run("evaluate", "--rows=tagi", "--floor=0")
 
 
 def test_a_missed_margin_over_the_shuffled_instruction_is_exit_code_1(project, quick):

@@ -329,17 +329,24 @@ def test_documents_are_lines_of_text_or_of_json(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 def test_exact_match_golden_values():
-    """White space folded, case kept."""
-    assert evaluate.exact_match(" a  b\n", ["x", "a b"]) == 1 and evaluate.exact_match("A b", ["a b"]) == 0
-    assert evaluate.exact_match("a", ["a b"]) == 0
+    """As the official script: lower-cased, ASCII punctuation gone, white space folded; strict: white space alone."""
+    for prediction, references, official, strict in [
+            (" a  b\n", ["x", "a b"], 1, 1), ("A b.", ["a b"], 1, 0), ("a", ["a b"], 0, 0), ("( a )", ["[ a ]"], 1, 0),
+            ("don't", ["dont"], 1, 0), ("a–b", ["ab"], 0, 0), ("", ["."], 1, 0), ("a-b", ["a b"], 0, 0)]:
+        assert evaluate.exact_match(prediction, references) == official
+        assert evaluate.exact_match(prediction, references, strict=True) == strict
 
 
-def test_score_means_over_instances_and_by_category(tasks):
-    """Exact match x 100 of a row whose first task is all right, by hand."""
-    predictions = [x.outputs[0] if t is tasks[0] else "wrong" for t in tasks for x in t.instances]
-    result = evaluate.score("row", 0, tasks, predictions)
-    assert result["exact_match"] == pytest.approx(100 / 3) and result["by_category"] == {"one": 50.0, "two": 0.0}
+def test_score_means_over_instances_by_category_and_by_task(tasks):
+    """Exact match x 100 of a row whose first task is all right, by hand; categories hold two tasks and one."""
+    records = [{"task": t.name, "category": t.category, "references": x.outputs,
+                "prediction": x.outputs[0].upper() if t is tasks[0] else "wrong"} for t in tasks for x in t.instances]
+    result = evaluate.score("row", 0, records, strict=False)
+    assert result["exact_match"] == result["rouge_l"] == pytest.approx(100 / 3)
+    assert result["by_category"]["exact_match"] == result["by_category"]["rouge_l"] == {"one": 50.0, "two": 0.0}
+    assert result["by_task"]["exact_match"] == {"task0": 100.0, "task1": 0.0, "task2": 0.0}
     assert (result["tasks"], result["instances"]) == (3, 12)
+    assert evaluate.score("row", 0, records, strict=True)["exact_match"] == 0
 
 
 def test_bootstrap_interval_is_over_tasks():

@@ -1,0 +1,53 @@
+"""What it costs to answer n instances of a task: adapter generation once, against reading the instruction every time."""
+import time
+
+import numpy as np
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import data
+
+
+def measure_cost(bench, demos, n=100, repeats=7, n_tasks=4):
+    """FLOPs and milliseconds per instance for n instances of one task, every answer as long as the mean reference.
+
+    bench: an `evaluate.Bench`. Returns {way: {"flops": .., "ms": .., "formula": ..}} for the ways meta (instruction in the
+    input), no_instruction and tagi (merged). FLOPs from PyTorch's counter, adapter generation and merging included;
+    times are medians over tasks and repeats, the ways taking turns. formula: the paper's N(t + n·i) for TAGI and N·n(t + i)
+    with the instruction in the input, relative to the latter, t and i being the mean tokens of instruction and instance.
+    """
+    references = [x.outputs[0] for t in bench.tasks for x in t.instances]
+    tagi, length = bench.tagi, round(np.mean([len(ids) for ids in bench.tagi.tokenizer(references)["input_ids"]]))
+    length = min(length, bench.options.max_output)
+    fixed = {"min_new_tokens": length, "max_new_tokens": length}
+    meta, size = bench.llm(common.meta_path(bench.options)), bench.options.batch_size
+
+    def merged(task, inputs):
+        adapter = tagi.adapt([task.definitions[0]], [task.demonstrations[:demos]])
+        tagi.merge(adapter)
+        tagi.generate(inputs, adapter, batch_size=size, **fixed)
+        tagi.unmerge()
+
+    def read(task, inputs, instructed, llm=None):
+        instruction = (task.definitions[0], task.demonstrations[:demos]) if instructed else ("", [])
+        for batch in data.batches(inputs, size):
+            bench.ask([(*instruction, x) for x in batch], llm=llm, **fixed)
+
+    ways = {"meta": lambda *args: read(*args, True, meta), "no_instruction": lambda *args: read(*args, False), "tagi": merged}
+    flops, seconds, t, i = {w: [] for w in ways}, {w: [] for w in ways}, 0, 0
+    for task in bench.tasks[::max(1, len(bench.tasks) // n_tasks)][:n_tasks]:
+        inputs = [task.instances[k % len(task.instances)].input.strip() or "." for k in range(n)]
+        t += n * len(tagi.tokenizer(data.instruction_text(task.definitions[0], task.demonstrations[:demos]))["input_ids"])
+        i += sum(map(len, tagi.tokenizer([data.instance_text(x) for x in inputs])["input_ids"]))
+        for way, run in ways.items():                                       # the first run, counted, also warms up
+            with FlopCounterMode(display=False) as counter:
+                run(task, inputs)
+            flops[way].append(counter.get_total_flops() / n)
+        for _ in range(repeats):
+            for way, run in ways.items():
+                start = time.perf_counter()
+                run(task, inputs)
+                seconds[way].append((time.perf_counter() - start) / n)
+    formula = {"meta": 1.0, "no_instruction": i / (t + i), "tagi": (t / n + i) / (t + i)}
+    return {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) * 1000,
+                  "formula": formula[way]} for way in ways}

@@ -61,6 +61,7 @@ def parser():
     g.add_argument("--eval-instances", type=config.positive, default=100, help="instances of each task, the first ones")
     g.add_argument("--rows", help="only these rows of the table: " + ", ".join(ROWS))
     g.add_argument("--batch-size", type=config.positive, help="default: 250 for the built-in suite, else 20")
+    g.add_argument("--cost-repeats", type=config.positive, default=7, help="timed repeats of each way to answer 100 instances")
     g.add_argument("--out", help="where the results go; default: evaluate under --runs")
     g.add_argument("--floor", type=float, help="exit 1 where TAGI's exact match (Def) is below this")
     g.add_argument("--floor-margin", type=float, help="exit 1 where it is not this far above the shuffled instruction's")
@@ -319,7 +320,7 @@ def run(options):
             print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same command again to go on")
             sys.exit(130)
     if {"tagi", "meta"} <= set(rows):
-        costs = {demos: measure_cost(bench, demos) for demos in report.SETTINGS}
+        costs = {demos: measure_cost(bench, demos, repeats=options.cost_repeats) for demos in report.SETTINGS}
         for result in scores:
             result |= costs[result["demos"]].get(result["key"], {})
     published = []

@@ -11,6 +11,7 @@ import numpy as np
 import common
 
 SETTINGS = {0: "Def", 2: "Def + 2 Pos"}
+TITLES = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
 STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]     # 97.5 % quantile at 1, 2, ... degrees of freedom
 
 # Table 4's rows beside the whole method: what is retrained without each part, as options of the finetune stage.
@@ -41,13 +42,12 @@ def main_table(results: dict) -> str:
     """Both settings as Markdown; costs relative to the meta-trained row. results: as `evaluate.run` returns them."""
     lines, n = [], 1 if results["bench"] == "sample" else 100                # costs are per instance, or per task of 100
     metrics = ("exact_match", "rouge_l") if results["bench"] == "sample" else ("rouge_l", "exact_match")
-    titles = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
     unit = "instance" if n == 1 else f"task of {n}"
     for demos in dict.fromkeys(r["demos"] for r in results["results"]):
         rows = [r for r in results["results"] if r["demos"] == demos]
         reference = next((r for r in rows if r["row"] == "meta-trained, instruction in input"), {})
         lines += [f"\n**{SETTINGS.get(demos, 'all')}**, {coverage(results)}\n",
-                  f"| | {titles[metrics[0]]} | 95 % | {titles[metrics[1]]} | 95 % | tasks | ms / {unit} | FLOPs / {unit} | N(t + n·i) |",
+                  f"| | {TITLES[metrics[0]]} | 95 % | {TITLES[metrics[1]]} | 95 % | tasks | ms / {unit} | FLOPs / {unit} | N(t + n·i) |",
                   "|---|--:|---|--:|---|--:|--:|--:|--:|"]
         for r in rows:
             cells, cost = [r["row"]], ["", "", ""]
@@ -102,7 +102,7 @@ def category_table(results: dict) -> str:
         trained = [r for r in rows if r["row"].startswith("LoRA teachers")]         # over other tasks, so other categories
         rows = [r for r in rows if r not in trained] or rows
         categories = sorted({c for r in rows for c in r["by_category"][metric]})
-        lines += [f"\n**{SETTINGS.get(demos, 'all')}** by category, {metric.replace('_', ' ')}, {coverage(results)}\n",
+        lines += [f"\n**{SETTINGS.get(demos, 'all')}** by category, {TITLES[metric]}, {coverage(results)}\n",
                   "| | " + " | ".join(r["row"] for r in rows) + " |", "|---|" + "--:|" * len(rows)]
         for category in categories:
             cells = (f"{r['by_category'][metric][category]:.1f}" for r in rows)
@@ -127,7 +127,7 @@ def category_chart(results: dict, path: str) -> None:
                   label=r["row"])
     axes.set_yticks([y + 0.4 - height / 2 for y in range(len(categories))], categories)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{metric.replace('_', ' ')}, {SETTINGS.get(first, 'all')}, {coverage(results)}")
+    axes.set_xlabel(f"{TITLES[metric]}, {SETTINGS.get(first, 'all')}, {coverage(results)}")
     axes.legend(fontsize="small")
     figure.savefig(path)
 

@@ -193,7 +193,7 @@ def test_a_damaged_test_task_is_named(project, tmp_path, edit, said):
 
 def test_a_test_task_without_examples_is_scored(project, tmp_path, monkeypatch):
     """They are optional in a task file, so the row that copies the first one has to do without."""
-    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos: {})
+    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: {})
     other = damaged(project, tmp_path, "validation", without("Positive Examples"))
     assert "copy the first demonstration" in other.run("evaluate", "--data", other.data, "--split=validation")
 
@@ -397,7 +397,7 @@ def test_a_mistake_leaves_no_run_behind_that_a_right_command_trips_over(project,
 
 
 def test_a_failed_evaluation_keeps_the_predictions_of_the_last_one(project, monkeypatch):
-    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos: {})
+    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: {})
     project.run("evaluate", "--split=validation")
     shutil.rmtree(project.runs / "lora")
     assert "--stage lora" in project.refuses("evaluate", "--split=validation")

@@ -1,0 +1,80 @@
+"""A T5 v1.1 with random weights, saved as the real ones are: for smoke runs and benchmarks where none can be downloaded.
+
+    python tests/random_t5.py FOLDER --size smoke --data SNI_FOLDER
+
+--size base, large, xl, xxl are the published shapes. The tokenizer is a SentencePiece unigram model trained on the training
+tasks' texts, a sample of which is also written to FOLDER/text.txt, to pretrain the hypernetwork on.
+"""
+import argparse
+import io
+import os
+import random
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+import torch
+
+import data
+
+SIZES = {  # d_model, d_ff, layers, heads, d_kv, vocabulary
+    "smoke": (64, 128, 2, 4, 16, 8000),
+    "base": (768, 2048, 12, 12, 64, 32128),
+    "large": (1024, 2816, 24, 16, 64, 32128),
+    "xl": (2048, 5120, 24, 32, 64, 32128),
+    "xxl": (4096, 10240, 24, 64, 64, 32128),
+}
+EXTRA_IDS = 100
+
+
+def t5_config(size: str):
+    from transformers import T5Config
+    d_model, d_ff, layers, heads, d_kv, vocabulary = SIZES[size]
+    return T5Config(vocab_size=vocabulary, d_model=d_model, d_ff=d_ff, d_kv=d_kv, num_layers=layers, num_heads=heads,
+                    feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+
+
+def random_t5(size: str, seed: int = 0):
+    """On PyTorch's default device and in its default type."""
+    from transformers import AutoModelForSeq2SeqLM
+    torch.manual_seed(seed)
+    llm = AutoModelForSeq2SeqLM.from_config(t5_config(size))
+    # Transformers 5 ties the head whatever the config says. Its own one starts with logits of about 1, to train at once.
+    llm.lm_head.weight = torch.nn.Parameter(llm.shared.weight.detach() * llm.config.d_model ** -0.5)
+    return llm
+
+
+def train_tokenizer(texts: list[str], pieces: int):
+    """A T5 tokenizer of at most so many pieces, the 100 sentinels among them."""
+    import sentencepiece
+    from transformers import T5Tokenizer
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=pieces - EXTRA_IDS,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    vocab = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
+    vocab += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(EXTRA_IDS))]
+    return T5Tokenizer(vocab=vocab, extra_ids=EXTRA_IDS)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder")
+    p.add_argument("--size", default="smoke", choices=SIZES)
+    p.add_argument("--data", required=True, help="a folder in Super-NaturalInstructions' layout")
+    args = p.parse_args()
+    tasks = data.load_sni(args.data, "train", 20)
+    texts = [" ".join(text.split()) for t in tasks for text in (t.definitions[0], *(x.input for x in t.instances))]
+    random.Random(0).shuffle(texts)
+    tokenizer = train_tokenizer([text[:500] for text in texts], SIZES[args.size][-1])
+    tokenizer.save_pretrained(args.folder)
+    llm = random_t5(args.size)
+    llm.save_pretrained(args.folder)
+    with open(os.path.join(args.folder, "text.txt"), "w", encoding="utf-8") as f:
+        f.writelines(text + "\n" for text in texts[:5000])
+    print(f"{args.folder}: {llm.num_parameters():,} parameters, {len(tokenizer)} pieces")
+
+
+if __name__ == "__main__":
+    main()

@@ -137,8 +137,9 @@ def recorded(checkpoint: str | None, known: set) -> dict:
     if checkpoint is None or not os.path.isfile(f"{checkpoint}/config.yaml"):
         return {}
     record = vars(common.load_options(checkpoint))
-    return {key: value for key, value in record.items()
-            if key.replace("_", "-") in known and key not in ("fresh", "device", "threads", "seed")}
+    own = {key: value for key, value in record.items()
+           if key.replace("_", "-") in known and key not in ("fresh", "device", "threads", "seed")}
+    return own | {"runs": os.path.normpath(f"{checkpoint}/..")}     # where it is now, moved or not
 
 
 def words_of(values: dict, allowed: set, where: str) -> list[str]:

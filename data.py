@@ -238,8 +238,11 @@ def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: i
     return Draw(task, definition, demonstrations, pairs[:n_instances])
 
 
-def read_json_lines(path: str, remedy: str, *keys: str) -> list[dict]:
-    """The objects of a JSON-lines file. Raises UserError naming the line that is none or lacks one of the keys."""
+def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
+    """The objects of a JSON-lines file, each with these keys, their values of these types.
+
+    Raises UserError naming file and line for anything else, and for a file without lines.
+    """
     with named_file(path, remedy), open(path, encoding="utf-8") as f:
         lines = f.read().split("\n")
     rows = []
@@ -247,12 +250,18 @@ def read_json_lines(path: str, remedy: str, *keys: str) -> list[dict]:
         if line.strip():
             try:
                 row = json.loads(line)
-                missing = [key for key in keys if key not in row] if isinstance(row, dict) else ["object"]
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {n}: not JSON: {error}; {remedy}") from None
-            if missing:
-                raise UserError(f"{path}, line {n}: no {missing[0]}; {remedy}")
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {n}: no JSON object; {remedy}")
+            for key, kind in types.items():
+                if key not in row:
+                    raise UserError(f"{path}, line {n}: no {key}; {remedy}")
+                if not isinstance(row[key], kind) or row[key] == []:
+                    raise UserError(f"{path}, line {n}: {key} is {row[key]!r:.40}, no {kind.__name__} with something in it; {remedy}")
             rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty; {remedy}")
     return rows
 
 
@@ -260,7 +269,7 @@ def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
     """Token ids, without the end token, of a text file: one document a line, plain or JSON lines with "text" (C4's form)."""
     remedy = "--text names plain text in UTF-8, one document a line, or JSON lines with a text"
     if path.endswith((".json", ".jsonl")):
-        lines = [row["text"] for row in read_json_lines(path, remedy, "text")]
+        lines = [row["text"] for row in read_json_lines(path, remedy, text=str)]
     else:
         with named_file(path, remedy), open(path, encoding="utf-8") as f:
             lines = [line for line in f.read().splitlines() if line.strip()]

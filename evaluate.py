@@ -349,41 +349,44 @@ def open_predictions(out, options, sources) -> dict:
             sources = before | sources
             with open(path, encoding="utf-8") as f:
                 text = f.read()
-            common.write_text(path + ".tmp", text[:text.rfind("\n") + 1])   # a line that was cut off goes
+            lines = text[:text.rfind("\n") + 1]                             # one that was cut off goes
+            common.write_text(path + ".tmp", lines)
             os.replace(path + ".tmp", path)
-            done = {(r["row"], r["demos"], r["task"], r["id"]): r for r in data.read_json_lines(
-                path, "start over with --fresh", "row", "demos", "task", "id", "prediction")}
+            if lines:
+                done = {(r["row"], r["demos"], r["task"], r["id"]): r for r in data.read_json_lines(
+                    path, "start over with --fresh", row=str, demos=int, task=str, id=object, prediction=str)}
     common.write_yaml(record, {**vars(options), "sources": sources, "versions": common.versions()})
     return done
 
 
 def rescore(options):
     """The results of predictions that are there, in our own form or the official one; a missing one scores as empty."""
-    records = data.read_json_lines(options.rescore, "--rescore reads predictions, one JSON object a line", "id", "prediction")
-    rows, official = {}, None
-    for r in records:
-        rows.setdefault((r.get("row", os.path.basename(options.rescore)), r.get("demos")), []).append(r)
+    records = data.read_json_lines(options.rescore, "--rescore reads predictions, one JSON object a line", id=object, prediction=str)
+    rows, official, scores = {}, None, []
     if options.references:
         official = {r["id"]: r for r in data.read_json_lines(
-            options.references, "--references reads the official test_references.jsonl", "id", "references")}
-    scores = []
-    for (row, demos), group in rows.items():
-        given = {r["id"]: r for r in group}
-        unknown = [name for name in given if official is not None and name not in official]
+            options.references, "--references reads the official test_references.jsonl", id=object, references=list)}
+        unknown = [r["id"] for r in records if r["id"] not in official]
         if unknown:
             raise common.UserError(f"{options.rescore}: {len(unknown)} ids are not in {options.references}: "
                                    f"{', '.join(map(str, unknown[:3]))} …; name the reference file of these predictions")
-        for n, r in enumerate(group, 1):
-            if official is None and not {"references", "task", "category"} <= r.keys():
-                raise common.UserError(f"{options.rescore}: the prediction of {r['id']} has no references, task and category; "
-                                       "name the official reference file with --references")
+    for r in records:
+        if official is None and not {"references", "task", "category"} <= r.keys():
+            raise common.UserError(f"{options.rescore}: the prediction of {r['id']} has no references, task and category; "
+                                   "name the official reference file with --references")
+        group = rows.setdefault((r.get("row", os.path.basename(options.rescore)), r.get("demos")), {})
+        if (r.get("task"), r["id"]) in group:
+            raise common.UserError(f"{options.rescore} holds two predictions of {r['id']}; keep one")
+        group[r.get("task"), r["id"]] = r
+    for (row, demos), group in rows.items():
+        scored = list(group.values())
         if official is not None:
-            group = [{"task": r.get("task_id", "all"), "category": r.get("task_category", "all"),
-                      "references": r["references"], "prediction": given.get(name, {"prediction": ""})["prediction"]}
-                     for name, r in official.items()]
+            given = {r["id"]: r["prediction"] for r in scored}
+            scored = [{"task": r.get("task_id", "all"), "category": r.get("task_category", "all"),
+                       "references": r["references"], "prediction": given.get(name, "")} for name, r in official.items()]
             if len(given) < len(official):
                 print(f"{row}: {len(official) - len(given)} of {len(official)} instances have no prediction and score as empty")
-        scores.append(score(row, demos, group, options.bench == "sample"))
+        scores.append(score(row, demos, scored, options.bench == "sample"))
     return {"bench": options.bench, "split": "rescored", "results": scores, "published": [], "versions": common.versions()}
 
 

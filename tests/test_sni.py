@@ -1,0 +1,413 @@
+"""Super-NaturalInstructions: its data, predictions that are gone on from or scored again, and the table."""
+import argparse
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from rouge_score import rouge_scorer
+
+pytest.register_assert_rewrite("stages")
+pytest_plugins = ("stages",)
+from stages import ROOT, call
+
+import common
+import data
+import evaluate
+import report
+
+SNI = Path(os.environ["TAGI_DATA"]) / "sni" if "TAGI_DATA" in os.environ else None
+real_data = pytest.mark.skipif(SNI is None, reason="TAGI_DATA names no folder with the real tasks")
+COPIES = "--rows=copy_input,copy_demo"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The cost of two instances of one task: the table's form, not its figures."""
+    measure = evaluate.measure_cost
+    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: measure(bench, demos, 2, 1, 1))
+
+
+def options(root, **more):
+    return argparse.Namespace(**{"data": str(root), "max_instances": 100, "allow_missing": False, "categories": 0} | more)
+
+
+def predictions(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+@pytest.fixture
+def suite(project, tmp_path):
+    """A copy of the tests' suite, of which a test may break what it likes."""
+    return project.copy(tmp_path / "own", data=tmp_path / "data")
+
+
+def test_absent_tasks_are_an_error_or_counted_in_every_table(suite):
+    path = suite.data / "splits/default/test_tasks.txt"
+    path.write_text(path.read_text() + "".join(f"task99{n}_gone\n" for n in range(4)))
+    line = suite.refuses("evaluate", "--data", suite.data, COPIES)
+    assert "4 tasks" in line and all(f"task99{n}_gone.json" in line for n in range(3)) and "task993" not in line
+    assert "git clone" in line and "v2.6" in line and "--allow-missing" in line
+    out = suite.run("evaluate", "--data", suite.data, COPIES, "--allow-missing")
+    assert out.count("3/7 test tasks") == out.count("**Def") == 4
+    assert len(data.load_sni(str(suite.data), allow_missing=True)) == 3
+    path.write_text("task990_gone\n")
+    assert "task990_gone" in suite.refuses("evaluate", "--data", suite.data, COPIES, "--allow-missing")
+
+
+def test_categories_are_nested_the_largest_first(suite):
+    every = data.training_tasks(options(suite.data))
+    sizes, before = Counter(t.category for t in every), set()
+    for n in range(1, len(sizes) + 1):
+        kept = {t.category for t in data.training_tasks(options(suite.data, categories=n))}
+        assert before < kept and len(kept) == n and min(sizes[c] for c in kept) >= max([sizes[c] for c in sizes if c not in kept] or [0])
+        assert [t for t in every if t.category in kept] == data.training_tasks(options(suite.data, categories=n))
+        before = kept
+    suite.run("lora", "--name=other", "--data", suite.data, "--categories=1")
+    assert len(list(suite.runs.glob("other/*/model.safetensors"))) == 1
+    assert "--categories 99" in suite.refuses("meta", "--name=third", "--data", suite.data, "--categories=99")
+
+
+def test_held_out_instances_come_after_those_trained_on_and_tasks_without_any_are_left_out(suite):
+    names = data.listed_tasks(str(suite.data), "train")
+    path = suite.data / "tasks" / (names[0] + ".json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"Instances": [{"input": "a", "output": ["b"]}] * 1}))
+    held_out = data.training_tasks(options(suite.data), 5, skip=2)
+    assert [t.name for t in held_out] == names[1:]
+    assert held_out[0].instances == data.load_sni(str(suite.data), "train", None)[1].instances[2:7]
+
+
+@real_data
+def test_the_real_tasks_load_as_the_official_script_reads_them():
+    """Names, categories, first positive examples and test references, with those of the official reference file."""
+    train, test = (data.load_sni(str(SNI), split) for split in ("train", "test"))
+    assert (len(train), len(test), len({t.category for t in train})) == (687, 53, 60)
+    for n in (6, 15, 30, 60):
+        assert len({t.category for t in data.training_tasks(options(SNI, categories=n))}) == n
+    official = {}
+    for line in (SNI / "test_references.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        official[row["id"]] = (row["references"], row["task_id"], row["task_category"])
+    assert official == {x.id: (x.outputs, t.name, t.category) for t in test for x in t.instances}
+
+
+# ------------------------------------------------------------------------------------------------ own model's answers
+
+def stop_after(monkeypatch, n):
+    """Ctrl-C while batch n + 1 is being answered; returns a counter of batches."""
+    count, ask, generate = [0], evaluate.Bench.ask, evaluate.TAGI.generate
+
+    def counted(method):
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] > n:
+                raise KeyboardInterrupt
+            return method(*args, **kwargs)
+        return call
+
+    monkeypatch.setattr(evaluate.Bench, "ask", counted(ask))
+    monkeypatch.setattr(evaluate.TAGI, "generate", counted(generate))
+    return count
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(project, tmp_path, monkeypatch):
+    """Stopped in the third batch, and with half a line at the end of the file: the end is as if nothing had happened."""
+    flags = ("--split=validation", "--batch-size=20", "--rows=tagi,meta,teachers,copy_demo", "--cost-repeats=1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    project.run("evaluate", *flags, "--out", whole)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(SystemExit) as end:
+            project.run("evaluate", *flags, "--out", parts)
+    assert end.value.code == 130 and len(predictions(parts)) == 40 and not (parts / "results.json").exists()
+    path = parts / "predictions.jsonl"
+    path.write_text(path.read_text()[:-30])                                 # as a crash may leave it
+    with monkeypatch.context() as patch:
+        count = stop_after(patch, 10 ** 6)
+        monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: {})
+        project.run("evaluate", *flags, "--out", parts)
+        batches = count[0]
+        project.run("evaluate", *flags, "--out", parts)                     # all there: no model is asked
+        assert count[0] == batches
+    assert {key: value for key, value in results(parts).items() if key != "results"}.keys() <= results(whole).keys()
+    assert sorted(map(json.dumps, predictions(parts))) == sorted(map(json.dumps, predictions(whole)))
+    for a, b in zip(results(parts)["results"], results(whole)["results"], strict=True):
+        assert a.items() <= b.items()
+
+
+def test_predictions_of_other_weights_or_data_are_not_gone_on_from(project):
+    flags = ("--split=validation", "--rows=tagi,copy_input")
+    out = project.runs / "evaluate"
+    project.run("evaluate", *flags)
+    path = out / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "mark '))
+    project.run("evaluate", *flags)
+    assert any("mark " in p["prediction"] for p in predictions(out))        # what is there is used
+    marked = path.read_text()
+    project.run("finetune", "--fresh", "--seed=3")
+    project.run("evaluate", *flags)
+    assert not any("mark " in p["prediction"] for p in predictions(out))
+    assert (out / "predictions.jsonl.old").read_text() == marked            # and nothing is lost
+    project.run("evaluate", *flags, "--eval-instances=3")
+    assert results(out)["results"][0]["instances"] == 9
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "mark '))
+    project.run("evaluate", *flags, "--eval-instances=3", "--fresh")
+    assert not any("mark " in p["prediction"] for p in predictions(out))
+
+
+def test_more_rows_are_added_to_those_that_are_there(project):
+    project.run("evaluate", "--split=validation", "--rows=copy_input")
+    first = predictions(project.runs / "evaluate")
+    project.run("evaluate", "--split=validation", "--rows=copy_demo,tagi")
+    assert predictions(project.runs / "evaluate")[:len(first)] == first
+    assert [r["key"] for r in results(project.runs / "evaluate")["results"]] == ["tagi"] * 2 + ["copy_demo"] * 2
+
+
+def test_heuristics_need_no_checkpoint_and_no_model(suite):
+    shutil.rmtree(suite.runs)
+    assert "copy the input" in suite.run("evaluate", "--bench=sni", "--data", suite.data, COPIES)
+
+
+def test_one_task_a_batch_and_mixed_batches_answer_alike(project, tmp_path):
+    """Rows of a mixed batch are the tasks' own; the controls differ from the right instruction only in what is read."""
+    rows = ("--split=validation", "--rows=tagi,tagi_shuffled,tagi_empty,meta,no_finetuning,no_instruction,teachers")
+    for size in (7, 25, 300):
+        project.run("evaluate", *rows, f"--batch-size={size}", "--out", tmp_path / str(size))
+    told = [{(p["row"], p["demos"], p["id"]): p["prediction"] for p in predictions(tmp_path / size)} for size in ("7", "25", "300")]
+    assert told[0] == told[1] == told[2] and len(told[0]) == 2 * (6 * 75 + len([p for p in told[0] if "teachers" in p[0]]) // 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+def test_the_sni_table_has_its_rows_costs_and_coverage(project):
+    out = project.run("evaluate", "--bench=sni", "--data", project.data)
+    found = results(project.runs / "evaluate")
+    keys = [key for key in evaluate.ROWS if "unseen" not in key and key != "meta_lora"]
+    assert [r["key"] for r in found["results"]] == [key for key in keys for _ in (0, 2)]
+    assert "| | ROUGE-L | 95 % | exact match | 95 % | tasks | ms / task of 100 | FLOPs / task of 100 | N(t + n·i) |" in out
+    for r in found["results"]:
+        assert ("formula" in r) == (r["key"] in ("tagi", "meta", "no_instruction"))
+    cost = {(r["key"], r["demos"]): r for r in found["results"] if "formula" in r}
+    for demos in (0, 2):
+        assert cost["meta", demos]["formula"] == 1 > cost["tagi", demos]["formula"] > cost["no_instruction", demos]["formula"]
+    assert cost["tagi", 2]["formula"] < cost["tagi", 0]["formula"]
+    for name in ("task", "category"):                                       # means of means, weighted, give the mean
+        for r in found["results"][:2]:
+            own = [p for p in predictions(project.runs / "evaluate") if (p["row"], p["demos"]) == (r["row"], r["demos"])]
+            sizes = Counter(p[name] for p in own)
+            mean = sum(sizes[k] * v for k, v in r[f"by_{name}"]["rouge_l"].items()) / len(own)
+            assert mean == pytest.approx(r["rouge_l"]) and sizes.keys() == r[f"by_{name}"]["rouge_l"].keys()
+    assert (project.runs / "evaluate/categories.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_formula_is_the_papers():
+    """t = 30 tokens of instruction, i = 10 of instance: (t + n·i) / (n·(t + i)) for n = 100 is 0.2575."""
+    from unittest import mock
+    task = data.Task("t", "c", ["x" * 25], [], [data.Instance("0", "y", ["z"])])
+    with mock.patch.object(data, "instruction_text", lambda *args: "a" * 30), mock.patch.object(
+            data, "instance_text", lambda text: "b" * 10), mock.patch.object(common, "meta_path", lambda options: ""):
+        tagi = mock.MagicMock(tokenizer=lambda x: {"input_ids": list(x) if isinstance(x, str) else [list(y) for y in x]})
+        bench = mock.MagicMock(tagi=tagi, tasks=[task], options=argparse.Namespace(max_output=5, batch_size=50))
+        from cost import measure_cost
+        costs = measure_cost(bench, 0, n=100, repeats=1)
+    assert {way: cost["formula"] for way, cost in costs.items()} == pytest.approx(
+        {"meta": 1, "tagi": (30 + 100 * 10) / (100 * 40), "no_instruction": 0.25})
+
+
+@pytest.mark.parametrize("size, column", [("base", 0), ("xl", 1), ("xxl", 2), ("large", None), ("smoke", None)])
+def test_published_rows_are_those_of_the_models_size(size, column):
+    from random_t5 import t5_config
+    rows = {(r["row"], r["demos"]): r["rouge_l"] for r in report.published_sni(t5_config(size))}
+    if column is None:
+        assert not rows
+    else:
+        assert rows["paper: tagi", 0] == [35.3, 48.4, 52.3][column] and rows["paper: tk_instruct", 2] == [42.1, 54.0, 62.0][column]
+        assert ("paper: hypertuning", 0) in rows or column != 1
+
+
+def test_a_published_row_stands_below_ours():
+    ours = {"key": "meta", "row": evaluate.ROWS["meta"], "demos": 0, "tasks": 2, "instances": 4, "rouge_l": 50.0, "exact_match": 25.0,
+            "rouge_l_interval": [40.0, 60.0], "exact_match_interval": [0.0, 50.0], "ms": 2.0, "flops": 3e9, "formula": 1.0}
+    table = report.main_table({"bench": "sni", "split": "test", "tasks": 2, "listed": 119, "results": [ours],
+                               "published": [{"row": "paper: tagi", "demos": 0, "rouge_l": 35.3, "flops_ratio": 0.39}]})
+    assert "2/119 test tasks" in table
+    assert table.splitlines()[-2:] == [
+        "| meta-trained, instruction in input | 50.0 | 40.0 – 60.0 | 25.0 | 0.0 – 50.0 | 2 | 200 (1.00x) | 300.0 G (1.00x) | 1.00x |",
+        "| paper: tagi | 35.3 |  |  |  | 119 |  | (0.39x) |  |"]
+
+
+def test_a_checkpoint_brings_its_own_data_and_models(project):
+    """Without a config: what the run's folder says; what is typed still goes before it."""
+    flags = ("--checkpoint", project.runs / "finetune", "--split=validation", "--rows=tagi,meta,copy_input")
+    call(evaluate, *map(str, flags))
+    found = results(project.runs / "evaluate")["results"]
+    assert found[0]["tasks"] == 3 and yaml.safe_load((project.runs / "evaluate/config.yaml").read_text())["max_output"] == 4
+    call(evaluate, *map(str, flags), "--max-output=2", f"--out={project.runs / 'other'}")
+    assert yaml.safe_load((project.runs / "other/config.yaml").read_text())["max_output"] == 2
+
+
+@real_data
+@pytest.mark.parametrize("row", ["copy_input", "copy_demo"])
+def test_the_official_heuristics_score_as_rouge_score_has_it(tmp_path, row):
+    """Every test instance that is there, from the task files alone to the table, beside a score computed by Google's code."""
+    call(evaluate, "--bench=sni", f"--data={SNI}", f"--rows={row}", f"--out={tmp_path}")
+    scorer, values = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True), []
+    for name in (SNI / "splits/default/test_tasks.txt").read_text().split():
+        task = json.loads((SNI / "tasks" / f"{name}.json").read_text())
+        for x in task["Instances"][:100]:
+            text = x["input"] if row == "copy_input" else task["Positive Examples"][0]["output"]
+            values.append(max(scorer.score(reference, text)["rougeL"].fmeasure for reference in x["output"]))
+    assert len(values) == 5210
+    for r in results(tmp_path)["results"]:
+        assert r["rouge_l"] == pytest.approx(100 * sum(values) / len(values), abs=1e-9) and r["instances"] == 5210
+
+
+# ---------------------------------------------------------------------------------------------------------- rescoring
+
+@pytest.fixture
+def scored(project):
+    project.run("evaluate", "--split=validation", "--rows=tagi,copy_demo")
+    return project
+
+
+def test_rescoring_gives_the_same_scores_without_a_model(scored, tmp_path):
+    before, path = results(scored.runs / "evaluate"), scored.runs / "evaluate/predictions.jsonl"
+    shutil.rmtree(scored.runs / "finetune"), shutil.rmtree(scored.runs / "meta")
+    out = scored.run("evaluate", "--rescore", path, "--bench=sample", "--out", tmp_path)
+    for a, b in zip(results(tmp_path)["results"], before["results"], strict=True):
+        assert a.items() <= b.items() and a["by_task"] == b["by_task"]
+    assert "TAGI, right instruction" in out
+    official = scored.run("evaluate", "--rescore", path)                     # exact match as the official script
+    assert all(f"| {r['exact_match']:.1f} |" not in official or r["exact_match"] >= 0 for r in before["results"])
+
+
+def leaderboard(tmp_path, lines, references):
+    for name, rows in (("p.jsonl", lines), ("r.jsonl", references)):
+        (tmp_path / name).write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return "--rescore", tmp_path / "p.jsonl", "--references", tmp_path / "r.jsonl", "--out", tmp_path
+
+
+REFERENCES = [{"id": f"i{n}", "references": [f"The answer {n}.", "cats"], "task_id": f"task{n % 2}", "task_category": "Kind",
+               "track": "default"} for n in range(4)]
+
+
+def test_the_official_leaderboard_form_is_scored_and_a_missing_prediction_is_empty(project, tmp_path):
+    """Right but for case and punctuation; a stem alone; wrong; missing."""
+    lines = [{"id": "i0", "prediction": "the answer 0"}, {"id": "i1", "prediction": "cat"}, {"id": "i2", "prediction": "x"}]
+    out = project.run("evaluate", *leaderboard(tmp_path, lines, REFERENCES))
+    row, = results(tmp_path)["results"]
+    assert (row["row"], row["rouge_l"], row["exact_match"], row["tasks"], row["instances"]) == ("p.jsonl", 50.0, 25.0, 2, 4)
+    assert row["by_task"]["rouge_l"] == {"task0": 50.0, "task1": 50.0} and "1 of 4 instances have no prediction" in out
+
+
+@pytest.mark.parametrize("lines, references, said", [
+    ([{"id": "i0", "prediction": "a"}, {"id": "j1", "prediction": "a"}, {"id": "j2", "prediction": "a"}], REFERENCES, "2 ids"),
+    ([{"id": "i0", "prediction": "a"}, '{"id": "i1", "predic\n'], REFERENCES, "p.jsonl, line 2"),
+    ([{"id": "i0"}], REFERENCES, "p.jsonl, line 1: no prediction"), (["[1]\n"], REFERENCES, "p.jsonl, line 1"),
+    ([{"id": "i0", "prediction": 3}], REFERENCES, "p.jsonl, line 1"), ([], REFERENCES, "p.jsonl"),
+    ([{"id": "i0", "prediction": "a"}] * 2, REFERENCES, "i0"),
+    ([{"id": "i0", "prediction": "a"}], [{"id": "i0", "references": "a"}], "r.jsonl, line 1"),
+    ([{"id": "i0", "prediction": "a"}], [{"id": "i0", "references": []}], "r.jsonl, line 1"),
+    ([{"id": "i0", "prediction": "a"}], [{"id": "i0"}], "r.jsonl, line 1: no references")],
+    ids=["unknown ids", "cut", "no prediction", "no object", "a number", "empty", "twice", "a text", "no reference", "none"])
+def test_a_wrong_predictions_or_reference_file_is_named(project, tmp_path, lines, references, said):
+    line = project.refuses("evaluate", *leaderboard(tmp_path, lines, references))
+    assert said in line and str(tmp_path) in line and not (tmp_path / "results.json").exists()
+
+
+def test_predictions_without_references_need_the_reference_file(project, tmp_path):
+    flags = leaderboard(tmp_path, [{"id": "i0", "prediction": "a"}], REFERENCES)
+    line = project.refuses("evaluate", *flags[:2])
+    assert "--references" in line and str(tmp_path / "p.jsonl") in line
+    assert "nowhere" in project.refuses("evaluate", "--rescore", tmp_path / "nowhere.jsonl")
+    assert "nowhere" in project.refuses("evaluate", *flags[:2], "--references", tmp_path / "nowhere.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+def edit(record, **changes):
+    return json.dumps(json.loads(record) | changes)
+
+
+BROKEN = {
+    "truncated JSON": (lambda text: text[:len(text) // 2], "line"),
+    "no Definition": (lambda text: edit(text, Definition=[]), "Definition"),
+    "an instance without output": (lambda text: edit(text, Instances=[{"id": "a", "input": "b", "output": []}]), "output"),
+    "an instance without input": (lambda text: edit(text, Instances=[{"id": "a", "output": ["b"]}]), "input"),
+    "no instances": (lambda text: edit(text, Instances=[]), "Instances"),
+    "one id twice": (lambda text: edit(text, Instances=[{"id": "a", "input": "b", "output": ["b"]}] * 2), "same id"),
+    "an example without output": (lambda text: edit(text, **{"Positive Examples": [{"input": "a"}]}), "Positive Example 1"),
+}
+
+
+@pytest.mark.parametrize("case", [*BROKEN, "empty split", "no split", "no data", "no end token", "another width", "suite's data",
+                                  "unknown row", "no held-out instances", "a checkpoint of another model"])
+def test_bad_input_to_the_sni_evaluation_is_one_line(suite, tmp_path, case, monkeypatch):
+    flags, said = ["--bench=sni", "--data", suite.data], []
+    split = suite.data / "splits/default/test_tasks.txt"
+    if case in BROKEN:
+        path = suite.data / "tasks" / (split.read_text().split()[1] + ".json")
+        damage, word = BROKEN[case]
+        path.write_text(damage(path.read_text()))
+        said = [str(path), word]
+    elif case == "empty split":
+        split.write_text("\n")
+        said = [str(split), "empty"]
+    elif case == "no split":
+        split.unlink()
+        said = [str(split), data.GET_SNI]
+    elif case == "no data":
+        flags[2] = tmp_path / "nowhere"
+        said = [str(tmp_path / "nowhere"), data.GET_SNI]
+    elif case == "no end token":
+        path = suite.runs / "meta" / "tokenizer_config.json"
+        path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}))
+        said = [str(suite.runs / "meta"), "no end token"]
+    elif case == "another width":
+        suite.run("finetune", "--name=other", "--width=32", "--no-pretrained")
+        shutil.copy(suite.runs / "other/model.safetensors", suite.runs / "finetune/model.safetensors")
+        said = [str(suite.runs / "finetune"), "does not fit"]
+    elif case == "a checkpoint of another model":
+        suite.run("meta", "--fresh", "--seed=4")
+        said = [str(suite.runs / "finetune"), "another LLM"]
+    elif case == "suite's data":
+        monkeypatch.setattr(common, "SUITE", str(suite.data))
+        said = ["--data", data.GET_SNI]
+    elif case == "unknown row":
+        flags.append("--rows=tagi,tagi_shufled")
+        said = ["tagi_shufled", "tagi_shuffled"]
+    elif case == "no held-out instances":
+        flags.append("--max-instances=1000")
+        said = ["--max-instances", "--rows"]
+    line = suite.refuses("evaluate", *flags)
+    assert all(word in line.replace("finetune/../", "") for word in said), line
+    assert not (suite.runs / "evaluate").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- the configs
+
+@pytest.mark.parametrize("size, lr, tasks, accumulate", [("base", 1e-4, 8, 2), ("xl", 5e-5, 2, 4), ("xxl", 5e-5, 1, 2)])
+def test_the_configs_hold_the_papers_table_6(size, lr, tasks, accumulate):
+    import config
+    import train_hyper
+    import train_teacher
+    path = f"--config={ROOT}/configs/sni-{size}.yaml"
+    lora = config.parse(train_teacher.parser(), "lora", [path])
+    pretrain, finetune = (config.parse(train_hyper.parser(), stage, [path]) for stage in ("pretrain", "finetune"))
+    shared = {"rank": 32, "targets": "q,v", "unit": "category", "max_instances": 100, "max_output": 128, "max_input": 1024}
+    assert all(vars(o)[key] == value for o in (lora, pretrain, finetune) for key, value in shared.items())
+    assert (lora.optimizer, lora.lr, lora.steps, lora.tasks, lora.accumulate, lora.precision) == ("adamw", 1e-4, 10_000, 8, 2, "bf16")
+    assert (pretrain.optimizer, pretrain.lr, pretrain.steps, pretrain.tasks, pretrain.accumulate, pretrain.precision,
+            pretrain.text_length) == ("adafactor", 1e-3, 50_000, 8, 1, "fp32", 1024)
+    assert (finetune.optimizer, finetune.lr, finetune.steps, finetune.tasks, finetune.accumulate, finetune.precision) == (
+        "adamw", lr, 20_000, tasks, accumulate, "bf16")
+    assert (finetune.schedule, finetune.warmup, finetune.lambda_kl, finetune.lambda_ins) == ("linear", 0.02, 5, "sigmoid")

@@ -265,31 +265,32 @@ def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
     return rows
 
 
-def read_documents(path: str, tokenizer, limit: int) -> list[list[int]]:
-    """Token ids, without the end token, of a text file: one document a line, plain or JSON lines with "text" (C4's form)."""
+def read_documents(path: str) -> list[str]:
+    """Those of at least three words in a text file: one document a line, plain or JSON lines with "text" (C4's form)."""
     remedy = "--text names plain text in UTF-8, one document a line, or JSON lines with a text"
     if path.endswith((".json", ".jsonl")):
         lines = [row["text"] for row in read_json_lines(path, remedy, text=str)]
     else:
         with named_file(path, remedy), open(path, encoding="utf-8") as f:
-            lines = [line for line in f.read().splitlines() if line.strip()]
-    ids = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
-    documents = [row for row in ids if len(row) >= 3]
+            lines = f.read().splitlines()
+    documents = [line for line in lines if len(line.split(maxsplit=2)) == 3]
     if not documents:
-        raise UserError(f"{path} has no document of three tokens or more")
+        raise UserError(f"{path} has no document of three words or more; {remedy}")
     return documents
 
 
-def cut_documents(documents: list[list[int]], n: int, parts: int, limit: int,
+def cut_documents(documents: list[str], tokenizer, n: int, parts: int, limit: int,
                   rng: np.random.Generator) -> list[list[list[int]]]:
     """n documents drawn at random; of each a window of at most `limit` tokens, in `parts` pieces, none empty.
 
     All are cut at the same shares of their length, drawn once a batch: its pieces are then of like length, padding is low.
+    Token ids come without the end token.
     """
     shares, rows = np.sort(rng.random(parts - 1)), []
-    for i in rng.integers(len(documents), size=n):
-        start = int(rng.integers(max(len(documents[i]) - limit, 0) + 1))
-        window = documents[i][start:start + limit]
+    drawn = [documents[i] for i in rng.integers(len(documents), size=n)]
+    for ids in tokenizer(drawn, add_special_tokens=False)["input_ids"]:
+        start = int(rng.integers(max(len(ids) - limit, 0) + 1))
+        window = ids[start:start + limit]
         cuts = [0]
         for k, share in enumerate(shares, 1):
             cuts.append(min(max(round(share * len(window)), cuts[-1] + 1), len(window) - parts + k))

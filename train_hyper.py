@@ -94,12 +94,12 @@ def instruction_loss(weights, teacher, kind, lambda_ins):
 
 def pretrain_batches(options, tagi):
     """Text cut at random into a | b | c: K instructions, K inputs, K targets."""
-    documents = data.read_documents(options.text, tagi.tokenizer, options.text_length)
+    documents = data.read_documents(options.text)
     eos, pad = tagi.tokenizer.eos_token_id, tagi.tokenizer.pad_token_id
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        cuts = data.cut_documents(documents, options.tasks * options.instances, 3, options.text_length, rng)
+        cuts = data.cut_documents(documents, tagi.tokenizer, options.tasks * options.instances, 3, options.text_length, rng)
         a, b, c = ([part + [eos] for part in parts] for parts in zip(*cuts))
         return {"instruction": data.pad(a, pad, options.device), "input": data.pad(b, pad, options.device),
                 "labels": data.pad(c, data.IGNORE, options.device)[0], "index": torch.arange(len(a), device=options.device)}

@@ -123,12 +123,12 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
 def train_base(options, rank, world):
     """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
     tokenizer = load_tokenizer(os.path.join(options.data, "tokenizer"))
-    documents = data.read_documents(options.text, tokenizer, options.text_length)
+    documents = data.read_documents(options.text)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 
     def get_batch(step, micro):
         rng = data.generator(options.seed, step, micro)
-        rows = data.cut_documents(documents, options.tasks * options.instances, 2, options.text_length, rng)
+        rows = data.cut_documents(documents, tokenizer, options.tasks * options.instances, 2, options.text_length, rng)
         ids, mask = data.pad([a + [eos] for a, _ in rows], pad, options.device)
         labels, _ = data.pad([b + [eos] for _, b in rows], data.IGNORE, options.device)
         return ids, mask, labels

@@ -231,8 +231,12 @@ def test_draws_are_a_pure_function_of_their_key(tasks):
 def test_document_is_cut_into_pieces_that_join_to_a_window(length, parts, limit):
     """No piece is empty, nothing is lost or repeated, every window can come, and cuts vary."""
     ids, seen = list(range(length)), set()
+
+    def tokenizer(texts, add_special_tokens):
+        return {"input_ids": [ids for _ in texts]}
+
     for step in range(60):
-        pieces, again = data.cut_documents([ids], 2, parts, limit, data.generator(0, step))
+        pieces, again = data.cut_documents(["text"], tokenizer, 2, parts, limit, data.generator(0, step))
         assert list(map(len, pieces)) == list(map(len, again))          # one place to cut, the same for the whole batch
         window = [i for piece in pieces for i in piece]
         assert len(pieces) == parts and all(pieces) and len(window) == min(length, limit)
@@ -312,18 +316,18 @@ def test_missing_folders_splits_and_files_are_one_line(sni, tmp_path):
 
 
 def test_documents_are_lines_of_text_or_of_json(tmp_path):
-    """Both forms give the same token ids, without end tokens; short lines are left out; a bad line is named."""
+    """Both forms give the same; short lines are left out; a bad line is named."""
     lines = ["cat dog red", "", "cat", "blue dog cat dog"]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines if line))
-    text, records = (data.read_documents(str(tmp_path / f), make_tokenizer(), 50) for f in ("a.txt", "a.jsonl"))
-    assert text == records and list(map(len, text)) == [3, 4]
+    text, records = (data.read_documents(str(tmp_path / f)) for f in ("a.txt", "a.jsonl"))
+    assert text == records == [lines[0], lines[3]]
     (tmp_path / "a.jsonl").write_text('{"text": "cat"}\n{"txt": "cat"}')
     with pytest.raises(common.UserError, match="a.jsonl, line 2"):
-        data.read_documents(str(tmp_path / "a.jsonl"), make_tokenizer(), 50)
+        data.read_documents(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.txt").write_text("cat\n")
     with pytest.raises(common.UserError, match="no document"):
-        data.read_documents(str(tmp_path / "a.txt"), make_tokenizer(), 50)
+        data.read_documents(str(tmp_path / "a.txt"))
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

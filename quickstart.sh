@@ -23,5 +23,5 @@ fi
 run torchrun --standalone --nproc-per-node 2 train_teacher.py $fresh
 run torchrun --standalone --nproc-per-node 2 train_hyper.py --stage pretrain $fresh
 run torchrun --standalone --nproc-per-node 2 train_hyper.py --stage finetune $fresh
-run python evaluate.py --bench sample --checkpoint runs/sample/finetune --floor 70 --floor-margin 50
+run python evaluate.py --bench sample --checkpoint runs/sample/finetune --floor 70 --floor-margin 50 $fresh
 echo; echo "quick start: $((SECONDS - begin)) s"

@@ -220,7 +220,8 @@ def weights_digest(path: str) -> str:
     if not os.path.isdir(path):
         return path
     digest = hashlib.sha256()
-    for file in sorted(glob.glob(f"{glob.escape(path)}/**/*.safetensors", recursive=True)):
+    folder = glob.escape(path)
+    for file in sorted(glob.glob(f"{folder}/**/*.safetensors", recursive=True) + glob.glob(f"{folder}/*.bin")):
         with open(file, "rb") as f:
             digest.update(os.path.relpath(file, path).encode() + hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -53,8 +53,9 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
     absent = [file for file in files if not os.path.isfile(file)]
     if absent and not (allow_missing and len(absent) < len(files)):
         names = ", ".join(os.path.basename(file) for file in absent[:3])
+        remedy = f"get them all: {GET_SNI}" + " (or go on with those there: --allow-missing)" * (not allow_missing)
         raise UserError(f"{split_file(root, split)} names {len(absent)} tasks whose files are not in {root}/tasks: {names} …; "
-                        f"get them all: {GET_SNI}" + " (or go on with those there: --allow-missing)" * (not allow_missing))
+                        + remedy)
     tasks = [read_task(file, max_instances, skip) for file in files if file not in absent]
     return [task for task in tasks if task.instances]
 
@@ -258,7 +259,7 @@ def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
                 if key not in row:
                     raise UserError(f"{path}, line {n}: no {key}; {remedy}")
                 if not isinstance(row[key], kind) or row[key] == []:
-                    raise UserError(f"{path}, line {n}: {key} is {row[key]!r:.40}, no {kind.__name__} with something in it; {remedy}")
+                    raise UserError(f"{path}, line {n}: {key} is {row[key]!r:.40}, which is empty or no {kind.__name__}; {remedy}")
             rows.append(row)
     if not rows:
         raise UserError(f"{path} is empty; {remedy}")

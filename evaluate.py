@@ -55,13 +55,14 @@ def parser():
     g = p.add_argument_group("evaluation")
     g.add_argument("--bench", choices=["sample", "sni"], help="default: sample, the built-in suite; it counts exact match "
                    "strictly, sni as the official script")
-    g.add_argument("--checkpoint", help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs and "
-                   "the like; default: finetune under --runs")
+    g.add_argument("--checkpoint", help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs "
+                   "and the like; default: finetune under --runs")
     g.add_argument("--split", default="test", help="test, or validation to choose settings on")
     g.add_argument("--eval-instances", type=config.positive, default=100, help="instances of each task, the first ones")
     g.add_argument("--rows", help="only these rows of the table: " + ", ".join(ROWS))
     g.add_argument("--batch-size", type=config.positive, help="default: 250 for the built-in suite, else 20")
-    g.add_argument("--cost-repeats", type=config.positive, default=7, help="timed repeats of each way to answer 100 instances")
+    g.add_argument("--cost-repeats", type=config.positive, default=7,
+                   help="timed repeats of each way to answer 100 instances")
     g.add_argument("--out", help="where the results go; default: evaluate under --runs")
     g.add_argument("--floor", type=float, help="exit 1 where TAGI's exact match (Def) is below this")
     g.add_argument("--floor-margin", type=float, help="exit 1 where it is not this far above the shuffled instruction's")
@@ -100,15 +101,14 @@ def score(row, demos, records, strict) -> dict:
     every category and task.
     """
     result = {"row": row, "demos": demos, "instances": len(records)}
-    for key in ("task", "category"):
-        names, owner = np.unique([r[key] for r in records], return_inverse=True)
-        for name, metric in (("exact_match", functools.partial(exact_match, strict=strict)), ("rouge_l", rouge_l)):
-            values = 100 * np.array([metric(r["prediction"], r["references"]) for r in records])
-            if key == "task":
-                result |= {"tasks": len(names), name: float(values.mean()),
-                           name + "_interval": report.bootstrap_interval(values, owner)}
+    groups = {key: np.unique([r[key] for r in records], return_inverse=True) for key in ("task", "category")}
+    for name, metric in (("exact_match", functools.partial(exact_match, strict=strict)), ("rouge_l", rouge_l)):
+        values = 100 * np.array([metric(r["prediction"], r["references"]) for r in records])
+        names, owner = groups["task"]
+        result |= {"tasks": len(names), name: float(values.mean()), name + "_interval": report.bootstrap_interval(values, owner)}
+        for key, (names, owner) in groups.items():
             means = np.bincount(owner, values) / np.bincount(owner)
-            result.setdefault("by_" + key, {})[name] = dict(zip(names.tolist(), means.tolist()))
+            result.setdefault(f"by_{key}", {})[name] = dict(zip(names.tolist(), means.tolist()))
     return result
 
 
@@ -192,7 +192,10 @@ class Bench:
         """Another checkpoint beside the frozen LLM, one at a time; None where it is the frozen LLM itself."""
         if self.loaded[0] != path:
             self.loaded = ("", None)                                        # makes room
-            other = common.load_llm(path, "cpu", self.options.precision, self.tagi.options.attention)[0]
+            other, tokenizer = common.load_llm(path, "cpu", self.options.precision, self.tagi.options.attention)
+            if tokenizer.get_vocab() != self.tagi.tokenizer.get_vocab():
+                raise common.UserError(f"{path} has another vocabulary than the frozen LLM; name a checkpoint that shares it, or "
+                                       "leave its row out with --rows")
             same = common.fingerprint(other) == self.tagi.options.llm_fingerprint
             self.loaded = (path, None if same else other.to(self.options.device).requires_grad_(False))
         return self.loaded[1]
@@ -229,8 +232,9 @@ class Bench:
         def answer(pairs):
             index = [number[task.name] for task, _ in pairs]
             index = index[:1] if len(set(index)) == 1 else index            # one task: one row for all, not a copy for each
-            return self.tagi.generate([x.input.strip() or "." for _, x in pairs],      # an empty input is read as "." anyway
-                                      adapters.select(index), batch_size=len(pairs), max_new_tokens=self.options.max_output)
+            inputs = [x.input.strip() or "." for _, x in pairs]             # an empty one is read as "." anyway
+            return self.tagi.generate(inputs, adapters.select(index), batch_size=len(pairs),
+                                      max_new_tokens=self.options.max_output)
         return answer
 
     def reader(self, demos, llm=None, teachers=None):
@@ -361,7 +365,8 @@ def open_predictions(out, options, sources) -> dict:
 
 def rescore(options):
     """The results of predictions that are there, in our own form or the official one; a missing one scores as empty."""
-    records = data.read_json_lines(options.rescore, "--rescore reads predictions, one JSON object a line", id=object, prediction=str)
+    remedy = "--rescore reads predictions, one JSON object a line"
+    records = data.read_json_lines(options.rescore, remedy, id=object, prediction=str)
     rows, official, scores = {}, None, []
     if options.references:
         official = {r["id"]: r for r in data.read_json_lines(
@@ -384,8 +389,8 @@ def rescore(options):
             given = {r["id"]: r["prediction"] for r in scored}
             scored = [{"task": r.get("task_id", "all"), "category": r.get("task_category", "all"),
                        "references": r["references"], "prediction": given.get(name, "")} for name, r in official.items()]
-            if len(given) < len(official):
-                print(f"{row}: {len(official) - len(given)} of {len(official)} instances have no prediction and score as empty")
+            if missing := len(official) - len(given):
+                print(f"{row}: {missing} of {len(official)} instances have no prediction and score as empty")
         scores.append(score(row, demos, scored, options.bench == "sample"))
     return {"bench": options.bench, "split": "rescored", "results": scores, "published": [], "versions": common.versions()}
 

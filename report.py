@@ -47,8 +47,8 @@ def main_table(results: dict) -> str:
         rows = [r for r in results["results"] if r["demos"] == demos]
         reference = next((r for r in rows if r["row"] == "meta-trained, instruction in input"), {})
         lines += [f"\n**{SETTINGS.get(demos, 'all')}**, {coverage(results)}\n",
-                  f"| | {TITLES[metrics[0]]} | 95 % | {TITLES[metrics[1]]} | 95 % | tasks | ms / {unit} | FLOPs / {unit} | N(t + n·i) |",
-                  "|---|--:|---|--:|---|--:|--:|--:|--:|"]
+                  "| | " + "".join(f"{TITLES[metric]} | 95 % | " for metric in metrics)
+                  + f"tasks | ms / {unit} | FLOPs / {unit} | N(t + n·i) |", "|---|--:|---|--:|---|--:|--:|--:|--:|"]
         for r in rows:
             cells, cost = [r["row"]], ["", "", ""]
             if "ms" in r and "ms" in reference:
@@ -90,7 +90,8 @@ def published_sni(llm_config) -> list[dict]:
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "paper_results.yaml")
     rows = common.read_yaml(path, "restore it from the repository")["sni"]
     return [{"row": f"paper: {name}", "demos": demos, "rouge_l": row[setting][size], "flops_ratio": row["rel_flops"]}
-            for demos, setting in ((0, "def"), (2, "def_2pos")) for name, row in rows.items() if row[setting][size] is not None]
+            for demos, setting in ((0, "def"), (2, "def_2pos")) for name, row in rows.items()
+            if row[setting][size] is not None]
 
 
 def category_table(results: dict) -> str:

@@ -74,7 +74,8 @@ def test_ranks_that_start_at_different_times_leave_out_no_teacher(finished, tmp_
 
 
 def test_two_ranks_speak_once_and_log_once(teachers):
-    assert teachers.said.count("2 ranks x 4 tasks") == 2                                    # of the stages meta and lora
+    assert teachers.said.count("effective batch 8 = 2 ranks x 4 tasks") == 1                # meta
+    assert teachers.said.count("effective batch 4 = 4 tasks") == 1                          # lora, where ranks share no batch
     assert [row["step"] for row in teachers.log("meta")] == [1, 2, 3]
     assert teachers.record("meta")["finished"] and (teachers.runs / "meta" / "optimizer.pt").is_file()
 

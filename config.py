@@ -50,7 +50,10 @@ def add_shared_options(parser: Parser) -> None:
     g.add_argument("--fresh", default=False, help="start over instead of resuming or skipping what is done", **flag)
     g.add_argument("--stages", default="base,meta,lora", help="train_teacher.py's stages, in order")
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default=common.SUITE, help="a folder in Super-NaturalInstructions' layout")
+    g.add_argument("--data", default=common.SUITE, help="a folder in Super-NaturalInstructions' layout, or with P3's data")
+    g.add_argument("--format", default="sni", choices=["sni", "p3"], help="what --data holds, and how texts are written")
+    g.add_argument("--p3-input", default="fields", choices=["fields", "prompt"], help="what the student reads of a row: the "
+                   "fields that the prompt shows, or the rendered prompt")
     g.add_argument("--max-instances", type=positive, default=100, help="instances per training task")
     g.add_argument("--categories", type=at_least(0), default=0,
                    help="train on the N categories with most tasks (the paper: 6, 15, 30, 60); 0: on all")

@@ -51,3 +51,33 @@ def measure_cost(bench, demos, n=100, repeats=7, n_tasks=4):
     formula = {"meta": 1.0, "no_instruction": i / (t + i), "tagi": (t / n + i) / (t + i)}
     return {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) * 1000,
                   "formula": formula[way]} for way in ways}
+
+
+def measure_ranking(bench, demos, repeats=7, n=20, n_tasks=4):
+    """{way: {"ms": ..}} for one P3 row at batch size 1, as in the paper's Table 3: ranking its choices with the prompt in
+    the input (meta), with the fields alone (no_instruction), or by TAGI, adapter generation over n rows included."""
+    tagi, meta = bench.tagi, bench.llm(common.meta_path(bench.options))
+
+    def merged(task, rows):
+        adapter = tagi.adapt([task.definitions[0]])
+        tagi.merge(adapter)
+        for x in rows:
+            tagi.rank([x.input], [x.choices], adapter, max_new_tokens=bench.options.max_output)
+        tagi.unmerge()
+
+    def read(rows, text, llm=None):
+        for x in rows:
+            bench.ask([("", [], text(x))], [x.choices], llm=llm)
+
+    ways = {"meta": lambda task, rows: read(rows, lambda x: x.prompt, meta), "tagi": merged,
+            "no_instruction": lambda task, rows: read(rows, lambda x: x.input)}
+    seconds = {way: [] for way in ways}
+    for task in bench.tasks[::max(1, len(bench.tasks) // n_tasks)][:n_tasks]:
+        rows = [task.instances[k % len(task.instances)] for k in range(n)]
+        for repeat in range(repeats + 1):                                   # the first one only warms up
+            for way, run in ways.items():
+                start = time.perf_counter()
+                run(task, rows)
+                if repeat:
+                    seconds[way].append((time.perf_counter() - start) / n)
+    return {way: {"ms": float(np.median(x)) * 1000} for way, x in seconds.items()}

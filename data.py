@@ -9,8 +9,10 @@ One task file of Super-NaturalInstructions (v2.6, tasks/*.json), which the built
 
 and splits/default/{train,test}_tasks.txt name the tasks of a split, one a line.
 """
+import glob
 import json
 import os
+import re
 import string
 import warnings
 from collections import Counter
@@ -20,9 +22,14 @@ import numpy as np
 import torch
 
 from common import UserError, named_file
+from templates import Template, load_templates
 
 IGNORE = -100                                  # label of positions that do not count, as in PyTorch's cross-entropy
 GET_SNI = "git clone --depth 1 --branch v2.6 https://github.com/allenai/natural-instructions"
+
+
+class Verbatim(str):
+    """A text that is read as it stands, without the words that Super-NaturalInstructions' encoding puts around it."""
 
 
 @dataclass
@@ -30,6 +37,8 @@ class Instance:
     id: str
     input: str
     outputs: list[str]                         # every reference
+    prompt: str | None = None                  # what teachers read where it is not made of instruction and input (P3)
+    choices: tuple[str, ...] = ()              # answers to rank, where the task has them (P3)
 
 
 @dataclass
@@ -77,7 +86,16 @@ def listed_tasks(root: str, split: str) -> list[str]:
 
 def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> list[Task]:
     """The training split as the options have it; --categories N: only the N categories with most tasks (nested subsets)."""
-    tasks = load_sni(options.data, "train", max_instances or options.max_instances, skip, options.allow_missing)
+    n = max_instances or options.max_instances
+    if options.format == "p3":
+        tasks = load_p3(options.data, "train", n, options.p3_input, skip)
+    else:
+        tasks = load_sni(options.data, "train", n, skip, options.allow_missing)
+    leaks = held_out_names([task.name for task in tasks])
+    if leaks and "P3" not in _warned:
+        _warned.add("P3")
+        warnings.warn(f"{len(leaks)} training tasks are named after data sets that P3 holds out ({', '.join(leaks[:2])} …): scores "
+                      "of this model on P3 would be leaks", stacklevel=2)
     sizes = Counter(task.category for task in tasks)
     largest = sorted(sizes, key=lambda category: (-sizes[category], category))
     if options.categories and options.categories > len(largest):
@@ -115,6 +133,124 @@ def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Tas
                 [d.strip() for d in definitions], demonstrations, instances)
 
 
+# ---------------------------------------------------------------------------------------------------------------- P3
+# T0's split of the Public Pool of Prompts (Sanh et al. 2022): one task for every data set and template.
+
+P3_TRAIN = ("adversarial_qa/dbert adversarial_qa/dbidaf adversarial_qa/droberta ag_news amazon_polarity app_reviews "
+            "cnn_dailymail/3.0.0 common_gen cosmos_qa dbpedia_14 dream duorc/ParaphraseRC duorc/SelfRC gigaword glue/mrpc glue/qqp "
+            "imdb kilt_tasks/hotpotqa multi_news paws/labeled_final qasc quarel quartz quoref ropes rotten_tomatoes samsum sciq "
+            "social_i_qa trec wiki_bio wiki_hop/original wiki_qa wiqa xsum yelp_review_full").split()
+P3_TEST = {"anli_r1": "anli", "anli_r2": "anli", "anli_r3": "anli", "hellaswag": "hellaswag", "cb": "super_glue/cb",
+           "copa": "super_glue/copa", "rte": "super_glue/rte", "wic": "super_glue/wic", "wsc": "super_glue/wsc.fixed",
+           "winogrande": "winogrande/winogrande_xl", "story_cloze": "story_cloze/2016"}
+NLI = {"e": 0, "n": 1, "c": 2, "entailment": 0, "neutral": 1, "contradiction": 2}
+P3_LABELS = {"anli_r1": NLI, "anli_r2": NLI, "anli_r3": NLI, "rte": {"entailment": 0, "not_entailment": 1},
+             "cb": {"entailment": 0, "contradiction": 1, "neutral": 2}}
+
+
+def load_p3(root: str, split: str = "test", max_instances: int | None = None, p3_input: str = "fields",
+            skip: int = 0) -> list[Task]:
+    """A task for every data set and template of T0's split, with its rows skip : skip + max_instances.
+
+        root/templates/super_glue/rte/templates.yaml    promptsource's folder of templates
+        root/rte/validation.jsonl                       rows with the data set's own field names, one JSON object a line
+        root/imdb/train.jsonl                           the same of a training data set (super_glue/rte/… is found as well)
+        root/prompted/imdb_Reviewer_Enjoyment.jsonl     or rows already prompted, {"prompt": .., "completion": ..}
+
+    split: test (the held-out tasks that are there, T0's evaluation templates) or train (all templates of the 36 data sets).
+    The hypernetwork reads the template's text. The student reads, by p3_input, the row's "fields" that the prompt shows
+    or the whole "prompt", which is the only choice for prompted rows. Teachers read the prompt. A row to which a template
+    does not apply is left out. Raises UserError, naming data set, template and row, for what cannot be rendered, a label
+    outside the choices, a file that is not JSON lines, and where no task is there.
+    """
+    templates, tasks = load_templates(os.path.join(root, "templates")), []
+    window = slice(skip, None if max_instances is None else skip + max_instances)
+    for name, dataset in P3_TEST.items() if split == "test" else [(d, d) for d in P3_TRAIN]:
+        rows = p3_rows(root, name, dataset, "validation" if split == "test" else "train")
+        for template in templates.get(dataset, []):
+            if split == "test" and not template.for_evaluation:
+                continue
+            if rows is not None:
+                made = [p3_instance(name, template, row, n, p3_input) for n, row in enumerate(rows)]
+                instances = [x for x in made if x is not None][window]
+            elif split == "train":
+                instances = prompted_instances(root, template)[window]
+            else:
+                instances = []
+            if instances:
+                tasks.append(Task(f"{name}: {template.name}", name, [Verbatim(template.text)], [], instances))
+    if not tasks:
+        example = "rte/validation.jsonl" if split == "test" else "imdb/train.jsonl"
+        raise UserError(f"{root} has no rows of T0's {split} data sets; put them into {root}/{example} and the like (README)")
+    return tasks
+
+
+def p3_rows(root: str, name: str, dataset: str, split: str) -> list[dict] | None:
+    """Rows of a data set with labels as integers, None where there are none."""
+    for folder in (name, dataset):
+        path = os.path.join(root, folder, split + ".jsonl")
+        if os.path.isfile(path):
+            rows = read_json_lines(path, "rows are JSON objects with the data set's own field names, one a line")
+            return [with_plain_label(name, row, f"{path}, row {n}") for n, row in enumerate(rows)]
+    return None
+
+
+def with_plain_label(name: str, row: dict, where: str) -> dict:
+    """The row as the templates want it: SuperGLUE's own files have true or a word where they index by 0 and 1."""
+    row = row | (row["target"] if isinstance(row.get("target"), dict) else {})                # WSC's spans
+    label = row.get("label")
+    if isinstance(label, str) and not label.lstrip("-").isdigit() and name in P3_LABELS | {"wic": 0, "wsc": 0}:
+        words = P3_LABELS.get(name, {"false": 0, "true": 1})
+        if label.lower() not in words:
+            raise UserError(f"{where}: label '{label}' is none of {', '.join(words)}")
+        row["label"] = words[label.lower()]
+    elif isinstance(label, bool) or isinstance(label, str) and label.lstrip("-").isdigit():
+        row["label"] = int(label)
+    if isinstance(row.get("label"), int) and row["label"] < 0 and name in P3_TEST:
+        raise UserError(f"{where}: label {row['label']}: this split's labels are hidden; use the validation split")
+    return row
+
+
+def p3_instance(name: str, template: Template, row: dict, n: int, p3_input: str) -> Instance | None:
+    rendered = template.render(row, n)
+    if rendered is None:
+        return None
+    prompt, target, choices = rendered
+    if name in P3_TEST and target not in choices:
+        raise UserError(f"{template.dataset}, template '{template.name}', row {n}: the answer '{target}' is none of the choices "
+                        f"{choices}")
+    text = prompt if p3_input == "prompt" else " ".join(f"{key}: {field_text(row[key])}" for key in template.fields)
+    return Instance(f"{name}-{n}", Verbatim(text), [target], Verbatim(prompt), tuple(choices))
+
+
+def field_text(value) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {field_text(x)}" for key, x in value.items())
+    return ", ".join(map(field_text, value)) if isinstance(value, list) else " ".join(str(value).split())
+
+
+def prompted_instances(root: str, template: Template) -> list[Instance]:
+    """Rows already prompted with this template: of the file in root/*prompted*/ that is named after it."""
+    def plain(name):
+        return re.sub("[^A-Za-z0-9]+", "_", name)
+
+    for path in sorted(glob.glob(f"{glob.escape(root)}/*prompted*/*.jsonl")):
+        if plain(os.path.basename(path).removesuffix(".jsonl")) == plain(f"{template.dataset}_{template.name}"):
+            if os.path.getsize(path) == 0:
+                return []
+            rows = read_json_lines(path, "rows are JSON objects with prompt and completion", prompt=str, completion=str)
+            pairs = [(row["prompt"].strip(), row["completion"].removesuffix("<|endoftext|>").strip()) for row in rows]
+            return [Instance(f"{template.dataset}-{n}", Verbatim(prompt), [target], Verbatim(prompt))
+                    for n, (prompt, target) in enumerate(pairs) if prompt and target]
+    return []
+
+
+def held_out_names(tasks: list[str]) -> list[str]:
+    """Those of these training tasks whose names hold the name of a data set that P3 holds out."""
+    held_out = re.compile(r"(?<![a-z])(anli|hellaswag|cb|copa|rte|wic|wsc|winogrande|story_?cloze)(?![a-z])", re.IGNORECASE)
+    return [name for name in tasks if held_out.search(name)]
+
+
 # ------------------------------------------------------------------------------------------------------------- texts
 # The encoding of the official Tk-Instruct code (ni_collator.py): the meta-trained baseline and the teachers read
 # definition + demonstrations + instance, the hypernetwork the first two, the student the instance alone.
@@ -125,11 +261,15 @@ def _full_stop(text: str) -> str:
 
 
 def instance_text(text: str) -> str:
+    if isinstance(text, Verbatim):
+        return text
     return f"Input: {_full_stop(text)}\nOutput: "
 
 
 def instruction_text(definition: str, demonstrations=()) -> str:
     """Definition and demonstrations: what the hypernetwork reads. "" for neither."""
+    if isinstance(definition, Verbatim):
+        return definition
     text = f"Definition: {_full_stop(definition)}\n\n" if definition.strip() else ""
     for n, (demo_input, demo_output) in enumerate(demonstrations, 1):
         text += f" Positive Example {n} -\nInput: {_full_stop(demo_input)}\n Output: {_full_stop(demo_output)}\n\n"
@@ -138,6 +278,8 @@ def instruction_text(definition: str, demonstrations=()) -> str:
 
 def prompt_text(definition: str, demonstrations, text: str) -> str:
     """The text with the instruction in the input; without any instruction the instance text alone."""
+    if isinstance(text, Verbatim):
+        return text
     instruction = instruction_text(definition, demonstrations)
     return instruction + "Now complete the following example -\n" * bool(instruction) + instance_text(text)
 
@@ -208,6 +350,7 @@ class Draw:
     definition: str
     demonstrations: list[tuple[str, str]]
     pairs: list[tuple[str, str]]
+    prompts: list[str]                         # what a teacher is asked instead of each pair's input; in SNI the same
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -236,7 +379,7 @@ def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: i
     drawn = [task.instances[i] for i in rows]
     pairs = [(x.input, x.outputs[rng.integers(len(x.outputs))]) for x in drawn]
     demonstrations = pairs[n_instances:] if vary else task.demonstrations[:n_demos]
-    return Draw(task, definition, demonstrations, pairs[:n_instances])
+    return Draw(task, definition, demonstrations, pairs[:n_instances], [x.prompt or x.input for x in drawn[:n_instances]])
 
 
 def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:

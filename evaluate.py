@@ -4,6 +4,7 @@ Launch:
     python evaluate.py                                          # the built-in suite, the checkpoint in runs/sample/finetune
     python evaluate.py --bench sni --checkpoint DIR             # Super-NaturalInstructions, the data its training had
     python evaluate.py --bench sni --data DIR --rows copy_input,copy_demo
+    python evaluate.py --bench p3 --checkpoint DIR              # T0's held-out tasks
     python evaluate.py --rescore predictions.jsonl --references test_references.jsonl
     python evaluate.py --instruction "Find the city ." --input "Anna went to Paris on Monday ." --input "..."
     python evaluate.py --ablations --seeds 3                    # retrain finetuning without each part (Table 4)
@@ -25,8 +26,9 @@ import common
 import config
 import data
 import lora
+import rank
 import report
-from cost import measure_cost
+from cost import measure_cost, measure_ranking
 from hypernet import TAGI
 from rouge import rouge_l
 from train_teacher import check_teachers, load_teachers
@@ -53,12 +55,14 @@ def parser():
     p = config.Parser(__doc__)
     config.add_shared_options(p)
     g = p.add_argument_group("evaluation")
-    g.add_argument("--bench", choices=["sample", "sni"], help="default: sample, the built-in suite; it counts exact match "
-                   "strictly, sni as the official script")
+    g.add_argument("--bench", choices=["sample", "sni", "p3"], help="default: sample, the built-in suite; it counts exact "
+                   "match strictly, sni as the official script; p3 ranks answer choices")
     g.add_argument("--checkpoint", help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs "
                    "and the like; default: finetune under --runs")
     g.add_argument("--split", default="test", help="test, or validation to choose settings on")
-    g.add_argument("--eval-instances", type=config.positive, default=100, help="instances of each task, the first ones")
+    g.add_argument("--eval-instances", type=config.positive, help="instances of each task, the first ones; default: 100, "
+                   "for p3 all")
+    g.add_argument("--normalize", default=False, help="p3: log-likelihoods per token instead of their sum", **config.flag)
     g.add_argument("--rows", help="only these rows of the table: " + ", ".join(ROWS))
     g.add_argument("--batch-size", type=config.positive, help="default: 250 for the built-in suite, else 20")
     g.add_argument("--cost-repeats", type=config.positive, default=7,
@@ -120,8 +124,13 @@ class Bench:
     def __init__(self, options):
         self.options = options
         self.command = f"python train_teacher.py --stage lora{common.config_flag(options)}"
-        self.listed = len(data.listed_tasks(options.data, options.split))
-        self.tasks = data.load_sni(options.data, options.split, options.eval_instances, allow_missing=options.allow_missing)
+        if options.bench == "p3":
+            self.tasks = data.load_p3(options.data, options.split, options.eval_instances, options.p3_input)
+            self.listed = len(data.P3_TEST)
+        else:
+            self.listed = len(data.listed_tasks(options.data, options.split))
+            self.tasks = data.load_sni(options.data, options.split, options.eval_instances,
+                                       allow_missing=options.allow_missing)
         self.loaded = ("", None)
 
     @functools.cached_property
@@ -150,6 +159,8 @@ class Bench:
         o = self.options
         if o.rows is None:
             left_out = {"no_finetuning"} if o.bench == "sample" else {"tagi_unseen_wording", "meta_unseen_wording"}
+            if o.bench == "p3":
+                left_out |= {"teachers", *HEURISTICS}
             if o.split != "test":
                 left_out |= {"tagi_unseen_wording", "meta_unseen_wording"}
             if not os.path.isdir(os.path.join(o.runs, "lora-all")):        # Table 4's Tk-Instruct-LoRA, trained on demand
@@ -167,7 +178,7 @@ class Bench:
         Raises UserError where something that a row needs is missing, before anything is written.
         """
         o = self.options
-        marks = {key: getattr(o, key) for key in ("split", "precision", "max_input", "max_output")}
+        marks = {key: getattr(o, key) for key in ("split", "precision", "max_input", "max_output", "normalize")}
         marks["tasks"] = common.digest(repr(self.tasks))
         if any(row.endswith("unseen_wording") for row in rows):
             marks["reworded"] = common.digest(repr(self.reworded))
@@ -215,7 +226,7 @@ class Bench:
             case "no_finetuning":
                 return self.reader(demos, llm=self.llm(common.base_path(self.options)))
             case "no_instruction":
-                return lambda pairs: self.ask([("", [], x.input) for _, x in pairs])
+                return lambda pairs: self.ask([("", [], x.input) for _, x in pairs], [x.choices for _, x in pairs])
             case "teachers" | "meta_lora":
                 return self.reader(demos, teachers=self.teachers(tasks, *self.teachers_of(row)))
             case "copy_input":
@@ -232,9 +243,12 @@ class Bench:
         def answer(pairs):
             index = [number[task.name] for task, _ in pairs]
             index = index[:1] if len(set(index)) == 1 else index            # one task: one row for all, not a copy for each
-            inputs = [x.input.strip() or "." for _, x in pairs]             # an empty one is read as "." anyway
-            return self.tagi.generate(inputs, adapters.select(index), batch_size=len(pairs),
-                                      max_new_tokens=self.options.max_output)
+            inputs = [x.input if x.input.strip() else "." for _, x in pairs]           # an empty one is read as "." anyway
+            rows, limit = adapters.select(index), self.options.max_output
+            if self.options.bench == "p3":
+                choices = [x.choices for _, x in pairs]
+                return best(choices, self.tagi.rank(inputs, choices, rows, len(pairs), self.options.normalize, limit))
+            return self.tagi.generate(inputs, rows, batch_size=len(pairs), max_new_tokens=limit)
         return answer
 
     def reader(self, demos, llm=None, teachers=None):
@@ -244,7 +258,8 @@ class Bench:
             if teachers is not None:
                 stacked, number = teachers
                 weights = lora.select(stacked, torch.tensor([number[task.name] for task, _ in pairs]))
-            return self.ask([(t.definitions[0], t.demonstrations[:demos], x.input) for t, x in pairs], weights, llm)
+            items = [(t.definitions[0], t.demonstrations[:demos], x.prompt or x.input) for t, x in pairs]
+            return self.ask(items, [x.choices for _, x in pairs], weights, llm)
         return answer
 
     def teachers(self, tasks, folder, unit):
@@ -253,16 +268,26 @@ class Bench:
         stacked = load_teachers(folder, units, self.tagi.llm, self.tagi.options, self.command)
         return stacked, {t.name: units.index(data.unit_of(t, unit)) for t in tasks}
 
-    def ask(self, items, weights=None, llm=None, **options):
-        """Greedy answers of a plain LLM (default: the frozen one) to (definition, demonstrations, input) items, with LoRA
-        weights, a row per item, where given."""
+    def ask(self, items, choices=None, weights=None, llm=None, **options):
+        """Answers of a plain LLM (default: the frozen one) to (definition, demonstrations, input) items: the likeliest of
+        the choices for P3, else what it generates greedily; with LoRA weights, a row per item, where given."""
         ids, mask = data.tokenize_instructed(self.tagi.tokenizer, items, self.options.max_input, self.tagi.device)
         with torch.no_grad(), self.tagi.adapted(None) as frozen:
-            if weights is not None:
-                lora.set_weights(frozen, weights)
-            out = (llm or frozen).generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
-                                           **{"max_new_tokens": self.options.max_output, **options})
+            lora.set_weights(frozen, weights)
+            llm = llm or frozen
+            if self.options.bench == "p3":
+                encoded = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+                lora.set_weights(frozen, weights and lora.select(weights, torch.tensor(rank.owner_of(choices))))
+                return best(choices, rank.log_likelihoods(llm, self.tagi.tokenizer, encoded, mask, choices,
+                                                          self.options.normalize, self.options.max_output))
+            out = llm.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
+                               **{"max_new_tokens": self.options.max_output, **options})
         return self.tagi.tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def best(choices, scores):
+    """Of each row's choices the one with the highest score, the first of equals."""
+    return [row[max(range(len(row)), key=values.__getitem__)] for row, values in zip(choices, scores, strict=True)]
 
 
 def checkpoint_of(options):
@@ -310,27 +335,32 @@ def run(options):
     common.write_suite(options)
     if options.bench == "sni" and options.data == common.SUITE:
         raise common.UserError(f"--bench sni needs --data, a folder in its layout: {data.GET_SNI}")
+    if (options.bench == "p3") != (options.format == "p3"):
+        raise common.UserError(f"--bench {options.bench} with --format {options.format}: a model reads P3 as it was trained to; name "
+                               "a checkpoint or config of the other kind, or another --bench")
     bench = Bench(options)
     rows, out = bench.rows(), out_of(options)
     done = open_predictions(out, options, bench.sources(rows))
-    scores = []
+    scores, settings = [], (0,) if options.bench == "p3" else report.SETTINGS
     with open(f"{out}/predictions.jsonl", "a", encoding="utf-8") as file:
         try:
             for row in rows:
-                for demos in report.SETTINGS:
+                for demos in settings:
                     records = predict(bench, row, demos, done, file)
-                    scores.append({"key": row} | score(ROWS[row], demos, records, options.bench == "sample"))
+                    scores.append({"key": row} | score(ROWS[row], demos, records, options.bench != "sni"))
         except KeyboardInterrupt:
             print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same command again to go on")
             sys.exit(130)
     if {"tagi", "meta"} <= set(rows):
-        costs = {demos: measure_cost(bench, demos, repeats=options.cost_repeats) for demos in report.SETTINGS}
+        measure = measure_ranking if options.bench == "p3" else measure_cost
+        costs = {demos: measure(bench, demos, repeats=options.cost_repeats) for demos in settings}
         for result in scores:
             result |= costs[result["demos"]].get(result["key"], {})
     published = []
-    if options.bench == "sni" and set(rows) - HEURISTICS:
-        published = report.published_sni(bench.tagi.llm.config)
-    return {"bench": options.bench, "split": options.split, "tasks": len(bench.tasks), "listed": bench.listed,
+    if options.bench != "sample" and set(rows) - HEURISTICS:
+        published = {"sni": report.published_sni, "p3": report.published_p3}[options.bench](bench.tagi.llm.config)
+    tasks = {t.category for t in bench.tasks} if options.bench == "p3" else bench.tasks
+    return {"bench": options.bench, "split": options.split, "tasks": len(tasks), "listed": bench.listed,
             "results": scores, "published": published, "versions": common.versions()}
 
 
@@ -391,7 +421,7 @@ def rescore(options):
                        "references": r["references"], "prediction": given.get(name, "")} for name, r in official.items()]
             if missing := len(official) - len(given):
                 print(f"{row}: {missing} of {len(official)} instances have no prediction and score as empty")
-        scores.append(score(row, demos, scored, options.bench == "sample"))
+        scores.append(score(row, demos, scored, options.bench != "sni"))
     return {"bench": options.bench, "split": "rescored", "results": scores, "published": [], "versions": common.versions()}
 
 
@@ -410,6 +440,7 @@ def main(argv=None):
     options = config.parse(parser(), "evaluate", argv)
     options.bench = options.bench or ("sni" if options.rescore else "sample")
     options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
+    options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
     rows = ROWS if options.rows is None else options.rows.split(",")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise common.UserError("evaluation is one process; start it with python evaluate.py")
@@ -423,14 +454,18 @@ def main(argv=None):
     if options.ablations:
         return report.ablations(options)
     results = rescore(options) if options.rescore else run(options)
-    text = report.main_table(results) + "\n\n" + report.category_table(results)
+    if options.bench == "p3":
+        text = report.p3_table(results)
+    else:
+        text = report.main_table(results) + "\n\n" + report.category_table(results)
     print(text)
     if options.out or not options.rescore:
         out = out_of(options)
         common.make_folder(out)
         common.write_text(f"{out}/results.json", json.dumps(results, indent=1))
         common.write_text(f"{out}/results.md", text + "\n")
-        report.category_chart(results, f"{out}/categories.png")
+        if options.bench != "p3":
+            report.category_chart(results, f"{out}/categories.png")
     em = {r["row"]: r["exact_match"] for r in results["results"] if r["demos"] == 0}
     right, wrong = em.get(ROWS["tagi"]), em.get(ROWS["tagi_shuffled"])
     if options.floor is not None and right < options.floor:

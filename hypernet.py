@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import common
 import data
 import lora
+from rank import log_likelihoods, owner_of
 
 
 @dataclass
@@ -163,7 +164,7 @@ class TAGI(nn.Module):
 
     options: `common`'s student options, also written to a checkpoint's config.yaml: rank, alpha, targets, hypernetwork,
     generator, width, bottleneck, encoder_fusion, decoder_fusion, train_norms, train_embeddings, seed, max_instruction,
-    max_input.
+    max_input, format.
     """
 
     def __init__(self, llm, tokenizer, options):
@@ -294,7 +295,7 @@ class TAGI(nn.Module):
 
         An instruction over the limit of max_instruction tokens loses demonstrations first and is then cut, with a warning.
         """
-        items = list(zip(instructions, demonstrations or [[]] * len(instructions), strict=True))
+        items = list(zip(map(self.in_format, instructions), demonstrations or [[]] * len(instructions), strict=True))
         ids, mask = data.tokenize_instructed(self.tokenizer, items, self.options.max_instruction, self.device)
         return self.generate_adapter(*self.encode_instruction(ids, mask), mask)
 
@@ -306,24 +307,48 @@ class TAGI(nn.Module):
         options go to Transformers' `generate` (sampling, length limits). Raises UserError for an empty input and
         ValueError where the rows are neither one nor as many as the inputs.
         """
-        if adapters is not None and len(adapters) not in (1, len(inputs)):
-            raise ValueError(f"{len(adapters)} adapters for {len(inputs)} inputs; use adapters.select([...])")
-        for n, text in enumerate(inputs):
-            if not text.strip():
-                raise common.UserError(f"input {n + 1} is empty; give every instance some text")
-        texts, outputs = [data.instance_text(text) for text in inputs], []
-        beams = max(num_beams, options.get("num_return_sequences", 1))
-        for i in range(0, len(texts), batch_size):
-            ids, mask = data.tokenize(self.tokenizer, texts[i:i + batch_size], self.options.max_input, self.device)
-            adapter = adapters
-            if adapters is not None and len(adapters) > 1:
-                adapter = adapters.select(range(i, i + len(ids)))
+        outputs, beams = [], max(num_beams, options.get("num_return_sequences", 1))
+        for _, ids, mask, adapter in self._batches(inputs, adapters, batch_size):
             with self.adapted(adapter, beams) as llm:
                 encoded, mask = self.encode(ids, mask)
                 out = llm.generate(encoder_outputs=encoded, attention_mask=mask, num_beams=num_beams,
                                    max_new_tokens=max_new_tokens, **{"do_sample": False, **options})
             outputs += self.tokenizer.batch_decode(out, skip_special_tokens=True)
         return outputs
+
+    @torch.no_grad()
+    def rank(self, inputs: list[str], choices: list[list[str]], adapters: Adapter | None, batch_size: int = 128,
+             normalize: bool = False, max_new_tokens: int = 128) -> list[list[float]]:
+        """Log-likelihoods of every input's answer choices (`rank.log_likelihoods`); the encoder runs once an input.
+
+        adapters, and what is raised, as in `generate`.
+        """
+        scores = []
+        for rows, ids, mask, adapter in self._batches(inputs, adapters, batch_size):
+            with self.adapted(adapter):
+                encoded, mask = self.encode(ids, mask)
+            owner = owner_of(choices[rows])                                             # choice -> input
+            with self.adapted(adapter if adapter is None or len(adapter) == 1 else adapter.select(owner)) as llm:
+                scores += log_likelihoods(llm, self.tokenizer, encoded[0], mask, choices[rows], normalize, max_new_tokens)
+        return scores
+
+    def _batches(self, inputs, adapters, batch_size):
+        """(slice of the inputs, ids, mask, the adapter's rows) for one batch after another."""
+        if adapters is not None and len(adapters) not in (1, len(inputs)):
+            raise ValueError(f"{len(adapters)} adapters for {len(inputs)} inputs; use adapters.select([...])")
+        for n, text in enumerate(inputs):
+            if not text.strip():
+                raise common.UserError(f"input {n + 1} is empty; give every instance some text")
+        texts = [data.instance_text(self.in_format(text)) for text in inputs]
+        for i in range(0, len(texts), batch_size):
+            ids, mask = data.tokenize(self.tokenizer, texts[i:i + batch_size], self.options.max_input, self.device)
+            rows = slice(i, i + len(ids))
+            one_for_all = adapters is None or len(adapters) == 1
+            yield rows, ids, mask, adapters if one_for_all else adapters.select(range(rows.start, rows.stop))
+
+    def in_format(self, text: str) -> str:
+        """A text as the format that this student was trained in has it: P3's are read as they stand."""
+        return data.Verbatim(text) if self.options.format == "p3" else text
 
     @property
     def device(self):

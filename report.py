@@ -9,6 +9,8 @@ import time
 import numpy as np
 
 import common
+import data
+import rank
 
 SETTINGS = {0: "Def", 2: "Def + 2 Pos"}
 TITLES = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
@@ -87,11 +89,61 @@ def published_sni(llm_config) -> list[dict]:
     size = SIZES.get((llm_config.d_model, llm_config.num_layers))
     if size is None:
         return []
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "paper_results.yaml")
-    rows = common.read_yaml(path, "restore it from the repository")["sni"]
+    rows = paper_results()["sni"]
     return [{"row": f"paper: {name}", "demos": demos, "rouge_l": row[setting][size], "flops_ratio": row["rel_flops"]}
             for demos, setting in ((0, "def"), (2, "def_2pos")) for name, row in rows.items()
             if row[setting][size] is not None]
+
+
+def p3_table(results: dict) -> str:
+    """Accuracy of every P3 task, mean (median; spread) over its templates, and the averages; then the paper's."""
+    rows = [r | rank.summarize(r["by_task"]["exact_match"]) for r in results["results"]]
+    there = list(rows[0]["tasks"])
+    missing = [name for name in data.P3_TEST if name not in there]
+    lines = ["**P3**, T0's held-out tasks, accuracy: mean (median; smallest – largest) over a task's templates", "",
+             "| | templates | " + " | ".join(r["row"] for r in rows) + " |", "|---|--:|" + "---|" * len(rows)]
+    for task in there:
+        cells = [r["tasks"][task] for r in rows]
+        lines.append(f"| {task} | {cells[0]['templates']} | " + " | ".join(
+            f"{x['mean']:.1f} ({x['median']:.1f}; {x['min']:.1f} – {x['max']:.1f})" for x in cells) + " |")
+    for average, x in rows[0]["averages"].items():
+        over = f", over {x['over']} of {x['of']}" if x["over"] < x["of"] else ""
+        if x["over"]:
+            cells = (f"{r['averages'][average]['mean']:.1f}" for r in rows)
+            lines.append(f"| **{average}**{over} |  | " + " | ".join(cells) + " |")
+    reference = next((r["ms"] for r in rows if r.get("key") == "meta" and "ms" in r), None)
+    if reference:
+        cells = (f"{r['ms']:.1f} ({r['ms'] / reference:.2f}x)" if "ms" in r else "" for r in rows)
+        lines.append("| ms a row at batch size 1 |  | " + " | ".join(cells) + " |")
+    if missing:
+        lines += ["", f"No rows for {', '.join(missing)}: put their validation rows into the data folder (README)."]
+    if results["published"]:
+        lines += ["", "| paper | MTest11 | HyperT5 | time |", "|---|--:|--:|--:|"]
+        lines += [f"| {r['row']} | {r['mtest11']} | {r['hypert5']} | {r['time']} |" for r in results["published"]]
+    return "\n".join(lines)
+
+
+P3_SIZES = {(768, 12): 0, (1024, 24): 1, (2048, 24): 2}                  # T5 Base, Large, XL
+
+
+def published_p3(llm_config) -> list[dict]:
+    """The paper's rows (its Table 3) for an LLM of this size, started from T5-LM and from T0; none for another size."""
+    size = P3_SIZES.get((llm_config.d_model, llm_config.num_layers))
+    if size is None:
+        return []
+    averages, rows = paper_results()["p3"], []
+    for name in averages["mtest11"] | averages["hypert5"]:
+        for start, label in (("t5_lm", "T5-LM"), ("t0", "T0")):
+            numbers = [averages[average].get(name, {}).get(start, [None] * 3)[size] for average in ("mtest11", "hypert5")]
+            if any(numbers):
+                time = averages["mtest11"].get(name, {}).get("rel_time", "")
+                rows.append({"row": f"{name}, {label}", "mtest11": numbers[0] or "", "hypert5": numbers[1] or "", "time": time})
+    return rows
+
+
+def paper_results() -> dict:
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "paper_results.yaml")
+    return common.read_yaml(path, "restore it from the repository")
 
 
 def category_table(results: dict) -> str:

@@ -117,17 +117,17 @@ def finetune_batches(options, tagi):
         rng = data.generator(options.seed, step, micro)
         demos = data.n_demonstrations(options.demos, options.seed, step)
         draws = data.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
-        pairs = [(draw, *pair) for draw in draws for pair in draw.pairs]
+        pairs = [(draw, prompt, *pair) for draw in draws for prompt, pair in zip(draw.prompts, draw.pairs)]
         batch = {
             "instruction": data.tokenize_instructed(tokenizer, [(d.definition, d.demonstrations) for d in draws],
                                                     options.max_instruction, device),
-            "input": data.tokenize(tokenizer, [data.instance_text(x) for _, x, _ in pairs], options.max_input, device),
-            "labels": data.labels(tokenizer, [y for _, _, y in pairs], options.max_output, device),
+            "input": data.tokenize(tokenizer, [data.instance_text(x) for _, _, x, _ in pairs], options.max_input, device),
+            "labels": data.labels(tokenizer, [y for *_, y in pairs], options.max_output, device),
             "index": torch.arange(len(draws), device=device).repeat_interleave(options.instances),      # instance -> task
             "unit": torch.tensor([units.index(data.unit_of(d.task, options.unit)) for d in draws], device=device)}
         if options.lambda_kl:
             batch["prompt"] = data.tokenize_instructed(tokenizer, [
-                (d.definition, d.demonstrations if options.teacher_demos else [], x) for d, x, _ in pairs],
+                (d.definition, d.demonstrations if options.teacher_demos else [], prompt) for d, prompt, _, _ in pairs],
                 options.max_input, device)
         return batch
 

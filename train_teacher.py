@@ -158,7 +158,7 @@ def train_meta(options, rank, world):
         items, targets = [], []
         for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances, demos,
                                     options.vary_demos):
-            for text, target in draw.pairs:
+            for text, (_, target) in zip(draw.prompts, draw.pairs):
                 dropped = not first and rng.random() < options.drop_instruction
                 items.append(("", [], text) if dropped else (draw.definition, draw.demonstrations, text))
                 targets.append(target)
@@ -210,7 +210,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
         for u, unit in enumerate(group):
             rng = data.generator(options.seed, step, numbers[unit] + len(units) * micro)   # the same alone or in a group
             for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, demos, options.vary_demos):
-                items += [(draw.definition, draw.demonstrations, text) for text, _ in draw.pairs]
+                items += [(draw.definition, draw.demonstrations, text) for text in draw.prompts]
                 targets += [target for _, target in draw.pairs]
                 owner += [u] * len(draw.pairs)
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)

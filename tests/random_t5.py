@@ -62,9 +62,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder")
     p.add_argument("--size", default="smoke", choices=SIZES)
-    p.add_argument("--data", required=True, help="a folder in Super-NaturalInstructions' layout")
+    p.add_argument("--data", required=True, help="a folder in Super-NaturalInstructions' layout, or with P3's data")
+    p.add_argument("--format", default="sni", choices=["sni", "p3"])
     args = p.parse_args()
-    tasks = data.load_sni(args.data, "train", 20)
+    tasks = data.load_sni(args.data, "train", 20) if args.format == "sni" else data.load_p3(args.data, "train", 20)
     texts = [" ".join(text.split()) for t in tasks for text in (t.definitions[0], *(x.input for x in t.instances))]
     random.Random(0).shuffle(texts)
     tokenizer = train_tokenizer([text[:500] for text in texts], SIZES[args.size][-1])

@@ -91,7 +91,7 @@ def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> 
         tasks = load_p3(options.data, "train", n, options.p3_input, skip)
     else:
         tasks = load_sni(options.data, "train", n, skip, options.allow_missing)
-    leaks = held_out_names([task.name for task in tasks])
+    leaks = held_out_names([task.category if options.format == "p3" else task.name for task in tasks])
     if leaks and "P3" not in _warned:
         _warned.add("P3")
         warnings.warn(f"{len(leaks)} training tasks are named after data sets that P3 holds out ({', '.join(leaks[:2])} …): scores "

@@ -19,36 +19,18 @@ import string
 import sys
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import common
 import config
 import data
-import lora
-import rank
 import report
+from bench import HEURISTICS, ROWS, Bench, checkpoint_of
 from cost import measure_cost, measure_ranking
 from hypernet import TAGI
 from rouge import rouge_l
-from train_teacher import check_teachers, load_teachers
 
 TASKS_AT_ONCE = 16                              # whose adapters are held at a time
-ROWS = {
-    "tagi": "TAGI, right instruction",
-    "tagi_shuffled": "TAGI, shuffled instruction",
-    "tagi_empty": "TAGI, empty instruction",
-    "tagi_unseen_wording": "TAGI, unseen wording",
-    "meta_unseen_wording": "meta-trained, unseen wording",
-    "meta": "meta-trained, instruction in input",
-    "meta_lora": "meta-trained with one LoRA",
-    "no_finetuning": "no finetuning, instruction in input",
-    "no_instruction": "frozen LLM, no instruction",
-    "teachers": "LoRA teachers, held-out instances of training tasks",
-    "copy_input": "copy the input",
-    "copy_demo": "copy the first demonstration's output",
-}
-HEURISTICS = {"copy_input", "copy_demo"}
 
 
 def parser():
@@ -117,193 +99,6 @@ def score(row, demos, records, strict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------ predictions
-
-class Bench:
-    """The models under test and the tasks they are tested on, each loaded when first asked for."""
-
-    def __init__(self, options):
-        self.options = options
-        self.command = f"python train_teacher.py --stage lora{common.config_flag(options)}"
-        if options.bench == "p3":
-            self.tasks = data.load_p3(options.data, options.split, options.eval_instances, options.p3_input)
-            self.listed = len(data.P3_TEST)
-        else:
-            self.listed = len(data.listed_tasks(options.data, options.split))
-            self.tasks = data.load_sni(options.data, options.split, options.eval_instances,
-                                       allow_missing=options.allow_missing)
-        self.loaded = ("", None)
-
-    @functools.cached_property
-    def tagi(self):
-        tagi = TAGI.load(checkpoint_of(self.options), self.options.device, self.options.precision)
-        return tagi.requires_grad_(False)
-
-    @functools.cached_property
-    def reworded(self):
-        return data.load_sni(self.options.data, "test_unseen_wording", self.options.eval_instances)
-
-    @functools.cached_property
-    def trained(self):
-        """Every fifth training task (enough for a mean), with instances that no teacher was trained on."""
-        tasks = data.training_tasks(self.options, 10, skip=self.options.max_instances)[::5]
-        if not tasks:
-            raise common.UserError(f"no training task in {self.options.data} has more than --max-instances "
-                                   f"{self.options.max_instances}, so none are held out; choose --rows without teachers")
-        return tasks
-
-    def tasks_of(self, row):
-        return self.trained if row == "teachers" else self.reworded if row.endswith("unseen_wording") else self.tasks
-
-    def rows(self):
-        """The rows to be made, in the table's order."""
-        o = self.options
-        if o.rows is None:
-            left_out = {"no_finetuning"} if o.bench == "sample" else {"tagi_unseen_wording", "meta_unseen_wording"}
-            if o.bench == "p3":
-                left_out |= {"teachers", *HEURISTICS}
-            if o.split != "test":
-                left_out |= {"tagi_unseen_wording", "meta_unseen_wording"}
-            if not os.path.isdir(os.path.join(o.runs, "lora-all")):        # Table 4's Tk-Instruct-LoRA, trained on demand
-                left_out |= {"meta_lora"}
-            return [row for row in ROWS if row not in left_out]
-        asked = o.rows.split(",")
-        for row in asked:
-            if row not in ROWS:
-                raise common.UserError(f"--rows: unknown row '{row}'" + config.closest(row, ROWS) + "; --help lists them")
-        return [row for row in ROWS if row in asked]
-
-    def sources(self, rows) -> dict:
-        """What the predictions depend on, so that an evaluation goes on only where all of it is the same.
-
-        Raises UserError where something that a row needs is missing, before anything is written.
-        """
-        o = self.options
-        marks = {key: getattr(o, key) for key in ("split", "precision", "max_input", "max_output", "normalize")}
-        marks["tasks"] = common.digest(repr(self.tasks))
-        if any(row.endswith("unseen_wording") for row in rows):
-            marks["reworded"] = common.digest(repr(self.reworded))
-        if set(rows) - HEURISTICS:
-            marks["checkpoint"] = common.weights_digest(checkpoint_of(o)) + self.tagi.options.llm_fingerprint
-        if {"meta", "meta_unseen_wording"} & set(rows):
-            marks["meta"] = common.weights_digest(common.meta_path(o))
-        if "no_finetuning" in rows:
-            marks["base"] = common.weights_digest(common.base_path(o))
-        for row in {"teachers", "meta_lora"} & set(rows):
-            folder, unit = self.teachers_of(row)
-            check_teachers(folder, sorted({data.unit_of(t, unit) for t in self.tasks_of(row)}), self.command)
-            marks[row] = common.weights_digest(folder) + common.digest(repr(self.tasks_of(row)))
-        return marks
-
-    def teachers_of(self, row):
-        """(folder of the LoRA teachers, what each is for)."""
-        name, unit = ("lora", self.tagi.options.unit) if row == "teachers" else ("lora-all", "all")
-        return os.path.join(self.options.runs, name), unit
-
-    def llm(self, path):
-        """Another checkpoint beside the frozen LLM, one at a time; None where it is the frozen LLM itself."""
-        if self.loaded[0] != path:
-            self.loaded = ("", None)                                        # makes room
-            other, tokenizer = common.load_llm(path, "cpu", self.options.precision, self.tagi.options.attention)
-            if tokenizer.get_vocab() != self.tagi.tokenizer.get_vocab():
-                raise common.UserError(f"{path} has another vocabulary than the frozen LLM; name a checkpoint that shares it, or "
-                                       "leave its row out with --rows")
-            same = common.fingerprint(other) == self.tagi.options.llm_fingerprint
-            self.loaded = (path, None if same else other.to(self.options.device).requires_grad_(False))
-        return self.loaded[1]
-
-    def answerer(self, row, demos, tasks):
-        """A function from a batch of (task, instance) pairs of these tasks to texts: how this row of the table answers."""
-        match row:
-            case "tagi" | "tagi_unseen_wording":
-                return self.student(demos, tasks, tasks)
-            case "tagi_shuffled":
-                other = dict(zip([t.name for t in self.tasks], shuffled(self.tasks)))
-                return self.student(demos, tasks, [other[t.name] for t in tasks])
-            case "tagi_empty":
-                return self.student(demos, tasks, [None] * len(tasks))
-            case "meta" | "meta_unseen_wording":
-                return self.reader(demos, llm=self.llm(common.meta_path(self.options)))
-            case "no_finetuning":
-                return self.reader(demos, llm=self.llm(common.base_path(self.options)))
-            case "no_instruction":
-                return lambda pairs: self.ask([("", [], x.input) for _, x in pairs], [x.choices for _, x in pairs])
-            case "teachers" | "meta_lora":
-                return self.reader(demos, teachers=self.teachers(tasks, *self.teachers_of(row)))
-            case "copy_input":
-                return lambda pairs: [x.input for _, x in pairs]
-            case "copy_demo":
-                return lambda pairs: [t.demonstrations[0][1] if t.demonstrations else "" for t, _ in pairs]
-
-    def student(self, demos, tasks, instructed_by):
-        """TAGI where tasks[i] is given the instruction of instructed_by[i]; None: an empty one."""
-        adapters = self.tagi.adapt([t.definitions[0] if t else "" for t in instructed_by],
-                                   [t.demonstrations[:demos] if t else [] for t in instructed_by])
-        number = {task.name: n for n, task in enumerate(tasks)}
-
-        def answer(pairs):
-            index = [number[task.name] for task, _ in pairs]
-            index = index[:1] if len(set(index)) == 1 else index            # one task: one row for all, not a copy for each
-            inputs = [x.input if x.input.strip() else "." for _, x in pairs]           # an empty one is read as "." anyway
-            rows, limit = adapters.select(index), self.options.max_output
-            if self.options.bench == "p3":
-                choices = [x.choices for _, x in pairs]
-                return best(choices, self.tagi.rank(inputs, choices, rows, len(pairs), self.options.normalize, limit))
-            return self.tagi.generate(inputs, rows, batch_size=len(pairs), max_new_tokens=limit)
-        return answer
-
-    def reader(self, demos, llm=None, teachers=None):
-        """An LLM (None: the frozen one) that reads the instruction with every instance, as it is or with LoRA teachers."""
-        def answer(pairs):
-            weights = None
-            if teachers is not None:
-                stacked, number = teachers
-                weights = lora.select(stacked, torch.tensor([number[task.name] for task, _ in pairs]))
-            items = [(t.definitions[0], t.demonstrations[:demos], x.prompt or x.input) for t, x in pairs]
-            return self.ask(items, [x.choices for _, x in pairs], weights, llm)
-        return answer
-
-    def teachers(self, tasks, folder, unit):
-        """(the LoRA teachers of these tasks, stacked, {task name: its teacher's number})."""
-        units = sorted({data.unit_of(t, unit) for t in tasks})
-        stacked = load_teachers(folder, units, self.tagi.llm, self.tagi.options, self.command)
-        return stacked, {t.name: units.index(data.unit_of(t, unit)) for t in tasks}
-
-    def ask(self, items, choices=None, weights=None, llm=None, **options):
-        """Answers of a plain LLM (default: the frozen one) to (definition, demonstrations, input) items: the likeliest of
-        the choices for P3, else what it generates greedily; with LoRA weights, a row per item, where given."""
-        ids, mask = data.tokenize_instructed(self.tagi.tokenizer, items, self.options.max_input, self.tagi.device)
-        with torch.no_grad(), self.tagi.adapted(None) as frozen:
-            lora.set_weights(frozen, weights)
-            llm = llm or frozen
-            if self.options.bench == "p3":
-                encoded = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-                lora.set_weights(frozen, weights and lora.select(weights, torch.tensor(rank.owner_of(choices))))
-                return best(choices, rank.log_likelihoods(llm, self.tagi.tokenizer, encoded, mask, choices,
-                                                          self.options.normalize, self.options.max_output))
-            out = llm.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
-                               **{"max_new_tokens": self.options.max_output, **options})
-        return self.tagi.tokenizer.batch_decode(out, skip_special_tokens=True)
-
-
-def best(choices, scores):
-    """Of each row's choices the one with the highest score, the first of equals."""
-    return [row[max(range(len(row)), key=values.__getitem__)] for row, values in zip(choices, scores, strict=True)]
-
-
-def checkpoint_of(options):
-    folder = options.checkpoint or os.path.join(options.runs, "finetune")
-    if not os.path.isdir(folder):
-        raise common.UserError(f"{folder}: no such checkpoint; first run python train_hyper.py --stage finetune"
-                               f"{common.config_flag(options)}")
-    return folder
-
-
-def shuffled(tasks):
-    """Every task's instruction replaced by that of another one: a random cycle, always the same."""
-    order = np.random.default_rng(0).permutation(len(tasks))
-    other = dict(zip(order.tolist(), np.roll(order, 1).tolist()))
-    return [tasks[other[i]] for i in range(len(tasks))]
-
 
 def predict(bench, row, demos, done, file):
     """One row's predictions, as records in the order of its tasks; those not in `done` are made, added to it and written."""

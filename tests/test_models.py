@@ -2,7 +2,6 @@
 import argparse
 import copy
 import json
-import random
 import warnings
 from unittest import mock
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import common
 import data
 import evaluate
@@ -384,6 +384,6 @@ def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its
 
 def test_shuffled_gives_no_task_its_own_instruction(tasks):
     """Always the same cycle through all tasks."""
-    others = evaluate.shuffled(tasks)
+    others = bench.shuffled(tasks)
     assert all(a is not b for a, b in zip(tasks, others)) and {t.name for t in others} == {t.name for t in tasks}
-    assert others == evaluate.shuffled(tasks)
+    assert others == bench.shuffled(tasks)

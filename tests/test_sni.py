@@ -32,7 +32,8 @@ def quick(monkeypatch):
 
 
 def options(root, **more):
-    return argparse.Namespace(**{"data": str(root), "max_instances": 100, "allow_missing": False, "categories": 0} | more)
+    return argparse.Namespace(**{"data": str(root), "max_instances": 100, "allow_missing": False, "categories": 0,
+                                 "format": "sni", "p3_input": "fields"} | more)
 
 
 def predictions(folder):

@@ -48,18 +48,13 @@ def command(main):
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
-            main(*args, **kwargs)
+            return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         finally:
-            together = dist.is_initialized()
-            if together:
+            if dist.is_initialized():
                 dist.destroy_process_group()
-        if together:                    # all is done and saved: a gloo thread that wants the interpreter while it shuts
-            sys.stdout.flush()          # down would, now and then, abort the process (pytorch/pytorch#179291)
-            sys.stderr.flush()
-            os._exit(0)
     return run
 
 

@@ -30,8 +30,10 @@ def launched(finished, tmp_path_factory):
                ["train_hyper", *student.argv("finetune", *FINETUNE)]]
     launcher = tmp_path_factory.mktemp("two") / "scripts.py"
     launcher.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_hyper, train_teacher\n"
-                        "train_teacher.common.dist.destroy_process_group = lambda: None\n"     # a second one may hang
-                        f"for name, *argv in {scripts!r}:\n    sys.modules[name].main(argv)\n")
+                        "dist = train_teacher.common.dist\ndestroy = dist.destroy_process_group\n"
+                        "dist.destroy_process_group = lambda: None\n"          # a second group may hang
+                        f"for name, *argv in {scripts!r}:\n    sys.modules[name].main(argv)\n"
+                        "destroy()\n")                                         # without it gloo may abort the exit
     teachers.said = process(*TORCHRUN, launcher).stdout
     return teachers, student
 

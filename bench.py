@@ -5,7 +5,6 @@ at a time.
 """
 import functools
 import os
-from collections import Counter
 
 import numpy as np
 import torch
@@ -33,6 +32,8 @@ ROWS = {
     "copy_demo": "copy the first demonstration's output",
 }
 HEURISTICS = {"copy_input", "copy_demo"}
+UNSEEN_WORDING = {"tagi_unseen_wording", "meta_unseen_wording"}
+NOT_FOR = {"sample": set(), "sni": UNSEEN_WORDING, "p3": UNSEEN_WORDING | HEURISTICS | {"teachers"}}
 
 
 class Bench:
@@ -75,11 +76,9 @@ class Bench:
         """The rows to be made, in the table's order."""
         o = self.options
         if o.rows is None:
-            left_out = {"no_finetuning"} if o.bench == "sample" else {"tagi_unseen_wording", "meta_unseen_wording"}
-            if o.bench == "p3":
-                left_out |= {"teachers", *HEURISTICS}
+            left_out = {"no_finetuning"} if o.bench == "sample" else set(NOT_FOR[o.bench])
             if o.split != "test":
-                left_out |= {"tagi_unseen_wording", "meta_unseen_wording"}
+                left_out |= UNSEEN_WORDING
             if not os.path.isdir(os.path.join(o.runs, "lora-all")):        # Table 4's Tk-Instruct-LoRA, trained on demand
                 left_out |= {"meta_lora"}
             return [row for row in ROWS if row not in left_out]
@@ -87,6 +86,8 @@ class Bench:
         for row in asked:
             if row not in ROWS:
                 raise common.UserError(f"--rows: unknown row '{row}'" + config.closest(row, ROWS) + "; --help lists them")
+            if row in NOT_FOR[o.bench]:
+                raise common.UserError(f"--rows: {row} is no row of --bench {o.bench}")
         return [row for row in ROWS if row in asked]
 
     def sources(self, rows) -> dict:
@@ -134,7 +135,8 @@ class Bench:
             case "tagi" | "tagi_unseen_wording":
                 return self.student(demos, tasks, tasks)
             case "tagi_shuffled":
-                other = dict(zip([t.name for t in self.tasks], shuffled(self.tasks, self.options.bench == "p3")))
+                givers = of_another_kind(self.tasks) if self.options.bench == "p3" else shuffled(self.tasks)
+                other = dict(zip([t.name for t in self.tasks], givers))
                 return self.student(demos, tasks, [other[t.name] for t in tasks])
             case "tagi_empty":
                 return self.student(demos, tasks, [None] * len(tasks))
@@ -174,7 +176,8 @@ class Bench:
             weights = None
             if teachers is not None:
                 stacked, number = teachers
-                weights = lora.select(stacked, torch.tensor([number[task.name] for task, _ in pairs]))
+                index = [number[task.name] for task, _ in pairs]
+                weights = lora.select(stacked, index[0] if len(set(index)) == 1 else torch.tensor(index))
             items = [(t.definitions[0], t.demonstrations[:demos], x.prompt or x.input) for t, x in pairs]
             return self.ask(items, [x.choices for _, x in pairs], weights, llm)
         return answer
@@ -194,7 +197,8 @@ class Bench:
             llm = llm or frozen
             if self.options.bench == "p3":
                 encoded = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-                lora.set_weights(frozen, weights and lora.select(weights, torch.tensor(rank.owner_of(choices))))
+                if weights is not None and next(iter(weights.values()))[0].dim() == 3:          # a row for every choice
+                    lora.set_weights(frozen, lora.select(weights, torch.tensor(rank.owner_of(choices))))
                 return best(choices, rank.log_likelihoods(llm, self.tagi.tokenizer, encoded, mask, choices,
                                                           self.options.normalize, self.options.max_output))
             out = llm.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
@@ -215,11 +219,21 @@ def checkpoint_of(options):
     return folder
 
 
-def shuffled(tasks, across_categories=False):
-    """Every task's instruction replaced by that of another one, or of another category: a random cycle, always the same."""
-    order, shift = np.random.default_rng(0).permutation(len(tasks)).tolist(), 1
-    if across_categories:                                                   # in blocks, turned by the largest one's size
-        order.sort(key=lambda i: tasks[i].category)
-        shift = max(Counter(task.category for task in tasks).values())
-    other = dict(zip(order, np.roll(order, shift).tolist()))
+def shuffled(tasks):
+    """Every task's instruction replaced by that of another one: a random cycle, always the same."""
+    order = np.random.default_rng(0).permutation(len(tasks)).tolist()
+    other = dict(zip(order, np.roll(order, 1).tolist()))
     return [tasks[other[i]] for i in range(len(tasks))]
+
+
+def of_another_kind(tasks):
+    """For every P3 task one drawn from another kind of task, always the same; where all are of one kind, any other one.
+
+    ANLI, CB and RTE are one kind: their templates are nearly the same.
+    """
+    def kind(task):
+        return "nli" if task.category in ("anli_r1", "anli_r2", "anli_r3", "cb", "rte") else task.category
+
+    rng = np.random.default_rng(0)
+    others = [[x for x in tasks if kind(x) != kind(t)] or [x for x in tasks if x is not t] or [t] for t in tasks]
+    return [candidates[rng.integers(len(candidates))] for candidates in others]

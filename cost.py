@@ -2,58 +2,71 @@
 import time
 
 import numpy as np
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
+import lora
 
 
-def measure_cost(bench, demos, n=100, repeats=7, n_tasks=4):
+def measure_cost(bench, demos, n=100, repeats=5, n_tasks=4):
     """FLOPs and milliseconds per instance for n instances of one task, every answer as long as the mean reference.
 
-    bench: an `evaluate.Bench`. Returns {way: {"flops": .., "ms": .., "formula": ..}} for the ways meta (instruction in the
-    input), no_instruction and tagi (merged). FLOPs from PyTorch's counter, adapter generation and merging included;
-    times are medians over tasks and repeats, the ways taking turns. formula: the paper's N(t + n·i) for TAGI and N·n(t + i)
-    with the instruction in the input, relative to the latter, t and i being the mean tokens of instruction and instance.
+    bench: an `evaluate.Bench`. Returns {row: {"flops": .., "ms": .., "formula": ..}} for the rows that a model answers. FLOPs are
+    from PyTorch's counter, adapter generation and merging included; times are medians over tasks and repeats, the ways
+    taking turns. formula: the paper's N(t + n·i) for TAGI and N·n(t + i) with the instruction in the input, relative to the
+    latter, t and i being the mean tokens of instruction and instance. LoRA teachers are measured unmerged, as they answer;
+    a model without finetuning computes just what the meta-trained one does.
     """
     references = [x.outputs[0] for t in bench.tasks for x in t.instances]
     tagi, length = bench.tagi, round(np.mean([len(ids) for ids in bench.tagi.tokenizer(references)["input_ids"]]))
     length = min(length, bench.options.max_output)
     fixed = {"min_new_tokens": length, "max_new_tokens": length}
     meta, size = bench.llm(common.meta_path(bench.options)), bench.options.batch_size
+    teacher = lora.select(lora.init_weights(tagi.llm, tagi.options.rank, 0, 1), 0)
+    tasks = bench.tasks[::max(1, len(bench.tasks) // n_tasks)][:n_tasks]
 
-    def merged(task, inputs):
-        adapter = tagi.adapt([task.definitions[0]], [task.demonstrations[:demos]])
+    def merged(instruction, inputs):
+        adapter = tagi.adapt([instruction[0]], [instruction[1]])
         tagi.merge(adapter)
         tagi.generate(inputs, adapter, batch_size=size, **fixed)
         tagi.unmerge()
 
-    def read(task, inputs, instructed, llm=None):
-        instruction = (task.definitions[0], task.demonstrations[:demos]) if instructed else ("", [])
+    def read(instruction, inputs, weights=None, llm=None):
         for batch in data.batches(inputs, size):
-            bench.ask([(*instruction, x) for x in batch], llm=llm, **fixed)
+            bench.ask([(*instruction, x) for x in batch], weights=weights, llm=llm, **fixed)
 
-    ways = {"meta": lambda *args: read(*args, True, meta), "no_instruction": lambda *args: read(*args, False), "tagi": merged}
+    ways = {"meta": lambda own, other, inputs: read(own, inputs, llm=meta),
+            "no_instruction": lambda own, other, inputs: read(("", []), inputs),
+            "teachers": lambda own, other, inputs: read(own, inputs, teacher),
+            "tagi": lambda own, other, inputs: merged(own, inputs),
+            "tagi_shuffled": lambda own, other, inputs: merged(other, inputs),
+            "tagi_empty": lambda own, other, inputs: merged(("", []), inputs)}
     flops, seconds, t, i = {w: [] for w in ways}, {w: [] for w in ways}, 0, 0
-    for task in bench.tasks[::max(1, len(bench.tasks) // n_tasks)][:n_tasks]:
-        inputs = [task.instances[k % len(task.instances)].input.strip() or "." for k in range(n)]
-        t += n * len(tagi.tokenizer(data.instruction_text(task.definitions[0], task.demonstrations[:demos]))["input_ids"])
+    for k, task in enumerate(tasks):
+        inputs = [task.instances[j % len(task.instances)].input.strip() or "." for j in range(n)]
+        own, other = ((x.definitions[0], x.demonstrations[:demos]) for x in (task, tasks[k - 1]))
+        t += n * len(tagi.tokenizer(data.instruction_text(*own))["input_ids"])
         i += sum(map(len, tagi.tokenizer([data.instance_text(x) for x in inputs])["input_ids"]))
-        for way, run in ways.items():                                       # the first run, counted, also warms up
-            with FlopCounterMode(display=False) as counter:
-                run(task, inputs)
+        for way, run in ways.items():                                       # the first run, counted, also warms up; without
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):     # flash attention, which the
+                run(own, other, inputs)                                     # counter does not know on a CPU
             flops[way].append(counter.get_total_flops() / n)
         for _ in range(repeats):
             for way, run in ways.items():
                 start = time.perf_counter()
-                run(task, inputs)
+                run(own, other, inputs)
                 seconds[way].append((time.perf_counter() - start) / n)
-    formula = {"meta": 1.0, "no_instruction": i / (t + i), "tagi": (t / n + i) / (t + i)}
-    return {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) * 1000,
-                  "formula": formula[way]} for way in ways}
+    once = (t / n + i) / (t + i)
+    formula = {"meta": 1.0, "teachers": 1.0, "no_instruction": i / (t + i), "tagi": once, "tagi_shuffled": once,
+               "tagi_empty": i / (t + i)}
+    costs = {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) * 1000,
+                   "formula": formula[way]} for way in ways}
+    return costs | {"meta_lora": costs["teachers"], "no_finetuning": costs["meta"]}
 
 
-def measure_ranking(bench, demos, repeats=7, n=20, n_tasks=4):
+def measure_ranking(bench, demos, repeats=5, n=20, n_tasks=4):
     """{way: {"ms": ..}} for one P3 row at batch size 1, as in the paper's Table 3: ranking its choices with the prompt in
     the input (meta), with the fields alone (no_instruction), or by TAGI, adapter generation over n rows included."""
     tagi, meta = bench.tagi, bench.llm(common.meta_path(bench.options))

@@ -10,6 +10,7 @@ One task file of Super-NaturalInstructions (v2.6, tasks/*.json), which the built
 and splits/default/{train,test}_tasks.txt name the tasks of a split, one a line.
 """
 import glob
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from common import UserError, named_file
-from templates import Template, load_templates
+from templates import LONGEST_FIELD, Template, load_templates
 
 IGNORE = -100                                  # label of positions that do not count, as in PyTorch's cross-entropy
 GET_SNI = "git clone --depth 1 --branch v2.6 https://github.com/allenai/natural-instructions"
@@ -55,7 +56,7 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
     """The tasks of a split in the official layout, each with its instances skip : skip + max_instances.
 
     split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of each test task. With
-    skip, tasks that have no more instances than that are left out; with allow_missing, those whose files are absent.
+    skip, a task may have none left; with allow_missing, tasks whose files are absent are left out.
     Raises UserError for a missing folder or file, broken JSON, a task without definition, an instance without output.
     """
     files = [os.path.join(root, "tasks", name + ".json") for name in listed_tasks(root, split)]
@@ -65,8 +66,7 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
         remedy = f"get them all: {GET_SNI}" + " (or go on with those there: --allow-missing)" * (not allow_missing)
         raise UserError(f"{split_file(root, split)} names {len(absent)} tasks whose files are not in {root}/tasks: {names} …; "
                         + remedy)
-    tasks = [read_task(file, max_instances, skip) for file in files if file not in absent]
-    return [task for task in tasks if task.instances]
+    return [read_task(file, max_instances, skip) for file in files if file not in absent]
 
 
 def split_file(root: str, split: str) -> str:
@@ -101,36 +101,40 @@ def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> 
     if options.categories and options.categories > len(largest):
         raise UserError(f"--categories {options.categories}: the training tasks of {options.data} have only {len(largest)}")
     kept = set(largest[:options.categories or None])
-    return [task for task in tasks if task.category in kept]
+    return [task for task in tasks if task.category in kept and task.instances]
 
 
 def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Task:
-    with named_file(path, "a task's file is one JSON object; fetch or write it again"):
-        with open(path, encoding="utf-8") as f:
-            record = json.load(f)
-        if not isinstance(record, dict):
-            raise ValueError(f"it is a {type(record).__name__}")
-    definitions = record.get("Definition") or []
-    definitions = [definitions] if isinstance(definitions, str) else definitions
-    if not definitions or not definitions[0].strip():
-        raise UserError(f"{path}: no Definition; every task needs one")
+    with named_file(path, "a task's file is one JSON object; fetch or write it again"), open(path, encoding="utf-8") as f:
+        record = json.load(f)
+
+    def need(condition, what):
+        if not condition:
+            raise UserError(f"{path}: {what}")
+
+    def texts(value):
+        return isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+
+    need(isinstance(record, dict), "no JSON object; a task's file is one")
+    definitions, categories = ([x] if isinstance(x, str) else x for x in (record.get("Definition"), record.get("Categories")))
+    need(texts(definitions) and definitions[0].strip(), "no Definition; every task needs one")
+    need(not categories or texts(categories), "Categories are no texts")
+    rows, examples = record.get("Instances"), record.get("Positive Examples") or []
+    need(isinstance(rows, list) and rows, "no Instances; every task needs some")
+    need(isinstance(examples, list), "Positive Examples are no list")
     name, instances, demonstrations = os.path.basename(path).removesuffix(".json"), [], []
-    for n, row in enumerate(record.get("Instances", [])[skip:None if max_instances is None else skip + max_instances]):
-        outputs = row.get("output")
+    for n, row in enumerate(rows[skip:None if max_instances is None else skip + max_instances], skip):
+        outputs = row.get("output") if isinstance(row, dict) else None
         outputs = [outputs] if isinstance(outputs, str) else outputs
-        if not outputs or "input" not in row:
-            raise UserError(f"{path}: instance {skip + n} has no input or no output")
-        instances.append(Instance(row.get("id", f"{name}-{skip + n}"), row["input"], outputs))
-    if len({x.id for x in instances}) < len(instances):
-        raise UserError(f"{path}: two instances have the same id")
-    if not instances and not skip:
-        raise UserError(f"{path}: no Instances; every task needs some")
-    for n, row in enumerate(record.get("Positive Examples", []), 1):
-        if "input" not in row or "output" not in row:
-            raise UserError(f"{path}: Positive Example {n} has no input or no output")
+        need(texts(outputs) and isinstance(row.get("input"), str), f"instance {n} has no input or no output")
+        instances.append(Instance(str(row.get("id", f"{name}-{n}")), row["input"], outputs))
+    need(len({x.id for x in instances}) == len(instances), "two instances have the same id")
+    for n, row in enumerate(examples, 1):
+        need(isinstance(row, dict) and isinstance(row.get("input"), str) and isinstance(row.get("output"), str),
+             f"Positive Example {n} has no input or no output")
         demonstrations.append((row["input"], row["output"]))
-    return Task(name, (record.get("Categories") or ["none"])[0],
-                [d.strip() for d in definitions], demonstrations, instances)
+    return Task(name, categories[0] if categories else "none", [d.strip() for d in definitions if d.strip()], demonstrations,
+                instances)
 
 
 # ---------------------------------------------------------------------------------------------------------------- P3
@@ -145,7 +149,9 @@ P3_TEST = {"anli_r1": "anli", "anli_r2": "anli", "anli_r3": "anli", "hellaswag":
            "winogrande": "winogrande/winogrande_xl", "story_cloze": "story_cloze/2016"}
 NLI = {"e": 0, "n": 1, "c": 2, "entailment": 0, "neutral": 1, "contradiction": 2}
 P3_LABELS = {"anli_r1": NLI, "anli_r2": NLI, "anli_r3": NLI, "rte": {"entailment": 0, "not_entailment": 1},
-             "cb": {"entailment": 0, "contradiction": 1, "neutral": 2}}
+             "cb": {"entailment": 0, "contradiction": 1, "neutral": 2},
+             "wic": {"false": 0, "true": 1}, "wsc": {"false": 0, "true": 1}}
+LABEL_FIELD = {"winogrande": "answer", "story_cloze": "answer_right_ending"}               # else label
 
 
 def load_p3(root: str, split: str = "test", max_instances: int | None = None, p3_input: str = "fields",
@@ -163,20 +169,21 @@ def load_p3(root: str, split: str = "test", max_instances: int | None = None, p3
     does not apply is left out. Raises UserError, naming data set, template and row, for what cannot be rendered, a label
     outside the choices, a file that is not JSON lines, and where no task is there.
     """
+    if split not in ("train", "test"):
+        raise UserError(f"P3 has the splits train and test here, no {split}")
     templates, tasks = load_templates(os.path.join(root, "templates")), []
-    window = slice(skip, None if max_instances is None else skip + max_instances)
+    end = None if max_instances is None else skip + max_instances
     for name, dataset in P3_TEST.items() if split == "test" else [(d, d) for d in P3_TRAIN]:
         rows = p3_rows(root, name, dataset, "validation" if split == "test" else "train")
         for template in templates.get(dataset, []):
             if split == "test" and not template.for_evaluation:
                 continue
-            if rows is not None:
-                made = [p3_instance(name, template, row, n, p3_input) for n, row in enumerate(rows)]
-                instances = [x for x in made if x is not None][window]
-            elif split == "train":
-                instances = prompted_instances(root, template)[window]
+            if rows is None and split == "train":
+                instances = prompted_instances(root, template)
             else:
-                instances = []
+                made = (p3_instance(name, template, row, n, p3_input) for n, row in enumerate(rows or []))
+                instances = (x for x in made if x is not None)
+            instances = list(itertools.islice(instances, skip, end))        # rows beyond are not rendered
             if instances:
                 tasks.append(Task(f"{name}: {template.name}", name, [Verbatim(template.text)], [], instances))
     if not tasks:
@@ -187,7 +194,7 @@ def load_p3(root: str, split: str = "test", max_instances: int | None = None, p3
 
 def p3_rows(root: str, name: str, dataset: str, split: str) -> list[dict] | None:
     """Rows of a data set with labels as integers, None where there are none."""
-    for folder in (name, dataset):
+    for folder in (name, *[dataset] * (list(P3_TEST.values()).count(dataset) < 2)):          # ANLI's rounds share a folder
         path = os.path.join(root, folder, split + ".jsonl")
         if os.path.isfile(path):
             rows = read_json_lines(path, "rows are JSON objects with the data set's own field names, one a line")
@@ -198,16 +205,18 @@ def p3_rows(root: str, name: str, dataset: str, split: str) -> list[dict] | None
 def with_plain_label(name: str, row: dict, where: str) -> dict:
     """The row as the templates want it: SuperGLUE's own files have true or a word where they index by 0 and 1."""
     row = row | (row["target"] if isinstance(row.get("target"), dict) else {})                # WSC's spans
-    label = row.get("label")
-    if isinstance(label, str) and not label.lstrip("-").isdigit() and name in P3_LABELS | {"wic": 0, "wsc": 0}:
-        words = P3_LABELS.get(name, {"false": 0, "true": 1})
-        if label.lower() not in words:
-            raise UserError(f"{where}: label '{label}' is none of {', '.join(words)}")
-        row["label"] = words[label.lower()]
-    elif isinstance(label, bool) or isinstance(label, str) and label.lstrip("-").isdigit():
-        row["label"] = int(label)
-    if isinstance(row.get("label"), int) and row["label"] < 0 and name in P3_TEST:
-        raise UserError(f"{where}: label {row['label']}: this split's labels are hidden; use the validation split")
+    if name not in P3_TEST:
+        return row
+    key = LABEL_FIELD.get(name, "label")
+    label = row.get(key)
+    if label in ("", None, -1, "-1"):
+        raise UserError(f"{where}: no {key}: the labels of this split are hidden; use the validation split")
+    if isinstance(label, str) and name in P3_LABELS and not label.isdigit():
+        if label.lower() not in P3_LABELS[name]:
+            raise UserError(f"{where}: label '{label}' is none of {', '.join(P3_LABELS[name])}")
+        row[key] = P3_LABELS[name][label.lower()]
+    elif key == "label" and isinstance(label, (bool, str)) and str(label).removeprefix("-").isdigit() or isinstance(label, bool):
+        row[key] = int(label)
     return row
 
 
@@ -219,14 +228,16 @@ def p3_instance(name: str, template: Template, row: dict, n: int, p3_input: str)
     if name in P3_TEST and target not in choices:
         raise UserError(f"{template.dataset}, template '{template.name}', row {n}: the answer '{target}' is none of the choices "
                         f"{choices}")
-    text = prompt if p3_input == "prompt" else " ".join(f"{key}: {field_text(row[key])}" for key in template.fields)
+    text = prompt
+    if p3_input == "fields" and template.fields:                            # else the fields would tell more than the prompt, or less
+        text = " ".join(f"{key}: {field_text(row[key])}" for key in template.fields if key in row)
     return Instance(f"{name}-{n}", Verbatim(text), [target], Verbatim(prompt), tuple(choices))
 
 
 def field_text(value) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key}: {field_text(x)}" for key, x in value.items())
-    return ", ".join(map(field_text, value)) if isinstance(value, list) else " ".join(str(value).split())
+    return ", ".join(map(field_text, value)) if isinstance(value, list) else " ".join(str(value)[:LONGEST_FIELD].split())
 
 
 def prompted_instances(root: str, template: Template) -> list[Instance]:
@@ -247,7 +258,7 @@ def prompted_instances(root: str, template: Template) -> list[Instance]:
 
 def held_out_names(tasks: list[str]) -> list[str]:
     """Those of these training tasks whose names hold the name of a data set that P3 holds out."""
-    held_out = re.compile(r"(?<![a-z])(anli|hellaswag|cb|copa|rte|wic|wsc|winogrande|story_?cloze)(?![a-z])", re.IGNORECASE)
+    held_out = re.compile("anli|hellaswag|winogrande|story_?cloze|copa|wsc|wic(?![a-z])|(?<![a-z])(cb|rte)(?![a-z])", re.IGNORECASE)
     return [name for name in tasks if held_out.search(name)]
 
 
@@ -382,6 +393,9 @@ def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: i
     return Draw(task, definition, demonstrations, pairs[:n_instances], [x.prompt or x.input for x in drawn[:n_instances]])
 
 
+TYPES = {str: "text", list: "list of texts", int: "number"}
+
+
 def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
     """The objects of a JSON-lines file, each with these keys, their values of these types.
 
@@ -401,8 +415,9 @@ def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
             for key, kind in types.items():
                 if key not in row:
                     raise UserError(f"{path}, line {n}: no {key}; {remedy}")
-                if not isinstance(row[key], kind) or row[key] == []:
-                    raise UserError(f"{path}, line {n}: {key} is {row[key]!r:.40}, which is empty or no {kind.__name__}; {remedy}")
+                value = row[key]
+                if not isinstance(value, kind) or kind is list and not (value and all(isinstance(x, str) for x in value)):
+                    raise UserError(f"{path}, line {n}: {key} is {str(value)[:40]}, no {TYPES.get(kind, kind.__name__)}; {remedy}")
             rows.append(row)
     if not rows:
         raise UserError(f"{path} is empty; {remedy}")

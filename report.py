@@ -98,7 +98,7 @@ def published_sni(llm_config) -> list[dict]:
 def p3_table(results: dict) -> str:
     """Accuracy of every P3 task, mean (median; spread) over its templates, and the averages; then the paper's."""
     rows = [r | rank.summarize(r["by_task"]["exact_match"]) for r in results["results"]]
-    there = list(rows[0]["tasks"])
+    there = [name for name in data.P3_TEST if all(name in r["tasks"] for r in rows)]
     missing = [name for name in data.P3_TEST if name not in there]
     lines = ["**P3**, T0's held-out tasks, accuracy: mean (median; smallest – largest) over a task's templates", "",
              "| | templates | " + " | ".join(r["row"] for r in rows) + " |", "|---|--:|" + "---|" * len(rows)]
@@ -158,7 +158,8 @@ def category_table(results: dict) -> str:
         lines += [f"\n**{SETTINGS.get(demos, 'all')}** by category, {TITLES[metric]}, {coverage(results)}\n",
                   "| | " + " | ".join(r["row"] for r in rows) + " |", "|---|" + "--:|" * len(rows)]
         for category in categories:
-            cells = (f"{r['by_category'][metric][category]:.1f}" for r in rows)
+            scores = (r["by_category"][metric].get(category) for r in rows)
+            cells = ("" if x is None else f"{x:.1f}" for x in scores)
             lines.append(f"| {category} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -176,7 +177,7 @@ def category_chart(results: dict, path: str) -> None:
     figure = Figure(figsize=(8, 1 + 0.12 * len(categories) * len(rows)), layout="constrained")
     axes, height = figure.subplots(), 0.8 / len(rows)
     for n, r in enumerate(rows):
-        axes.barh([y + n * height for y in range(len(categories))], [r["by_category"][metric][c] for c in categories], height,
+        axes.barh([y + n * height for y in range(len(categories))], [r["by_category"][metric].get(c, 0) for c in categories], height,
                   label=r["row"])
     axes.set_yticks([y + 0.4 - height / 2 for y in range(len(categories))], categories)
     axes.invert_yaxis()

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError, nodes, pass_context
+from jinja2 import StrictUndefined, nodes, pass_context
 from jinja2.sandbox import SandboxedEnvironment
 
 from common import UserError, named_file
@@ -98,23 +98,36 @@ class Template:
 
         Both sides of a condition are told, with a slash between: "premise because... / so... - choice1 - choice2".
         """
-        fixed = None
         with self._blamed():
+            choices = None
             if self.answer_choices is not None:
-                fixed = [choice.strip() for choice in _say(ENVIRONMENT.parse(self.answer_choices), None).split("|||")]
-            prompt = _say(ENVIRONMENT.parse(self.jinja), fixed).partition("|||")[0].strip()
-        return prompt + (f"\nAnswers: {', '.join(fixed)}" if fixed else "")
+                tree = ENVIRONMENT.parse(self.answer_choices)
+                choices = [choice.strip() for choice in _Teller(tree).say(tree).split("|||")]
+            tree = ENVIRONMENT.parse(self.jinja)
+            prompt = _Teller(tree, choices).say(tree).partition("|||")[0].strip()
+        return prompt + (f"\nAnswers: {', '.join(choices)}" if choices else "")
 
     @functools.cached_property
-    def fields(self) -> list[str]:
-        """Names of the row's fields that its input shows or depends on, directly or through the answer choices."""
+    def fields(self) -> list[str] | None:
+        """Names of the row's fields that its input shows or words a condition by, in order; None where the fields would tell
+        the student less than the input does, or more.
+
+        That is where the target is made of a field that the input shows too (the last sentence of a dialogue, say), or of a
+        certain one of several choices, and where the input shows a part of a field, or a random choice among fields.
+        """
         with self._blamed():
-            prompt, answers = ENVIRONMENT.parse(self.jinja), ENVIRONMENT.parse(self.answer_choices or "")
-            names, _ = _names(prompt.body)
+            tree, answers = ENVIRONMENT.parse(self.jinja), ENVIRONMENT.parse(self.answer_choices or "")
+            own = _assigned(tree)
+            shown, target = _sides(tree.body)
+            choice_fields = _names([answers], {})
+            names = [name for node in shown for name in _names([node], own)]
             if "answer_choices" in names:
-                names += [n.name for n in answers.find_all(nodes.Name)]
-            local = {n.name for tree in (prompt, answers) for n in tree.find_all(nodes.Name) if n.ctx == "store"}
-        return [name for name in dict.fromkeys(names) if name not in local | {"answer_choices", "zip", "range"}]
+                names += choice_fields
+            names = [name for name in dict.fromkeys(names) if name not in NOT_FIELDS]
+            told = set(_names(target, own))
+            if any(_is_choices(n.node) and isinstance(n.arg, nodes.Const) for n in _all(target, nodes.Getitem)):
+                told |= set(choice_fields)
+            return None if told & set(names) or _partly_shown(shown, own) or _random_fields(shown, own) else names
 
 
 class _Blame:
@@ -127,87 +140,152 @@ class _Blame:
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError)) \
-                and not isinstance(error, UserError):
+        if isinstance(error, Exception) and not isinstance(error, UserError):                  # whatever a template may do
             raise UserError(f"{self.where}: {kind.__name__}: {' '.join(str(error).split())[:200]}; the row needs every field that "
                             "the template names, in the data set's original form") from None
 
 
-def _say(node, choices) -> str:
-    """The text of a parsed template with every expression replaced by the name of the field it shows."""
-    match node:
-        case nodes.TemplateData():
-            return node.data
-        case nodes.Name():
-            return " / ".join(choices) if node.name == "answer_choices" and choices else node.name
-        case nodes.Const():
-            return str(node.value)
-        case nodes.If():
-            sides = [_say_all(node.body, choices), *(_say_all(n.body, choices) for n in node.elif_), _say_all(node.else_, choices)]
-            sides = [side.split("|||") for side in sides if side.strip()]
-            columns = [" / ".join(side[i].strip() for side in sides if i < len(side)) for i in range(max(map(len, sides), default=0))]
-            return " ||| ".join(f" {column} " for column in columns)
-        case nodes.CondExpr():
-            return " / ".join(_say(n, choices) for n in (node.expr1, node.expr2) if n is not None)
-        case nodes.For():
-            return _say_all(node.body, choices)
-        case nodes.Assign() | nodes.AssignBlock() | nodes.Compare() | nodes.Not() | nodes.And() | nodes.Or():
-            return ""
-        case nodes.Getitem():
-            if _is_choices(node.node) and choices and isinstance(node.arg, nodes.Const) and node.arg.value in range(len(choices)):
-                return choices[node.arg.value]
-            return _say(node.node, choices) + (f".{node.arg.value}" if isinstance(node.arg, nodes.Const)
-                                               and isinstance(node.arg.value, str) else "")
-        case nodes.Getattr():
-            return f"{_say(node.node, choices)}.{node.attr}"
-        case nodes.Call() if isinstance(node.node, nodes.Getattr) and node.node.attr == "join" and node.args:
-            return _say(node.node.node, choices).join(choices if _is_choices(node.args[0]) and choices else
-                                                      [_say(node.args[0], choices)])
-        case nodes.Call():
-            return _say(node.node.node if isinstance(node.node, nodes.Getattr) else node.node, choices)
-        case nodes.Filter():
-            if node.name == "join" and _is_choices(node.node) and choices and node.args:
-                return _say(node.args[0], choices).join(choices)
-            return _say(node.node, choices) if node.node is not None else ""
-        case nodes.Tuple() | nodes.List():
-            return ", ".join(_say(n, choices) for n in node.items)
-        case nodes.Template() | nodes.Output() | nodes.Concat() | nodes.Add():
-            return _say_all(node.iter_child_nodes(), choices)
-    return " ".join(filter(None, (_say(n, choices) for n in node.iter_child_nodes())))
+NOT_FIELDS = {"answer_choices", "zip", "range", "loop", "dict", "cycler", "joiner", "namespace"}
 
 
-def _say_all(children, choices):
-    return "".join(_say(n, choices) for n in children)
+class _Teller:
+    """Tells a parsed template with every expression replaced by the name of the field it shows."""
+
+    def __init__(self, tree, choices=None):
+        self.own, self.choices = _assigned(tree), choices
+
+    def say(self, node) -> str:
+        choices = self.choices
+        match node:
+            case nodes.TemplateData():
+                return node.data
+            case nodes.Name() if node.name in self.own:                     # a variable of the template's own
+                return _Teller.say(self, self.own[node.name])
+            case nodes.Name():
+                return " / ".join(choices) if node.name == "answer_choices" and choices else node.name
+            case nodes.Const():
+                return str(node.value)
+            case nodes.If():
+                sides = [self.say_all(body) for body in (node.body, node.elif_, node.else_)]
+                sides = [side.split("|||") for side in sides if side.strip()]
+                columns = [" / ".join(side[i].strip() for side in sides if i < len(side))
+                           for i in range(max(map(len, sides), default=0))]
+                return " ||| ".join(f" {column} " for column in columns)
+            case nodes.CondExpr():
+                return " / ".join(self.say(n) for n in (node.expr1, node.expr2) if n is not None)
+            case nodes.For():
+                return self.say_all(node.body)
+            case nodes.Assign() | nodes.AssignBlock() | nodes.Compare() | nodes.Not() | nodes.And() | nodes.Or():
+                return ""
+            case nodes.Getitem():
+                if _is_choices(node.node) and choices and isinstance(node.arg, nodes.Const) and node.arg.value in range(len(choices)):
+                    return choices[node.arg.value]
+                key = node.arg.value if isinstance(node.arg, nodes.Const) else None
+                return self.say(node.node) + (f".{key}" if isinstance(key, str) else "")
+            case nodes.Getattr():
+                return f"{self.say(node.node)}.{node.attr}"
+            case nodes.Call() if isinstance(node.node, nodes.Getattr) and node.node.attr == "join" and node.args:
+                return self.say(node.node.node).join(choices if _is_choices(node.args[0]) and choices else
+                                                     [self.say(node.args[0])])
+            case nodes.Call():
+                return self.say(node.node.node if isinstance(node.node, nodes.Getattr) else node.node)
+            case nodes.Filter():
+                if node.name == "join" and _is_choices(node.node) and choices and node.args:
+                    return self.say(node.args[0]).join(choices)
+                return self.say(node.node) if node.node is not None else ""
+            case nodes.Tuple() | nodes.List():
+                return ", ".join(dict.fromkeys(self.say(n) for n in node.items))
+            case nodes.Output():                                            # {{x[0] | upper}}{{x[1:]}} is x, once
+                told = [(self.say(n), n) for n in node.nodes]
+                return "".join(text for i, (text, n) in enumerate(told) if not (
+                    i and told[i - 1][0] == text and not isinstance(n, nodes.TemplateData)))
+            case nodes.Template() | nodes.Concat() | nodes.Add():
+                return self.say_all(node.iter_child_nodes())
+        return " ".join(filter(None, (self.say(n) for n in node.iter_child_nodes())))
+
+    def say_all(self, children) -> str:
+        return "".join(self.say(n) for n in children)
 
 
 def _is_choices(node):
     return isinstance(node, nodes.Name) and node.name == "answer_choices"
 
 
-def _names(children) -> tuple[list[str], bool]:
-    """(names used up to the "|||" between input and target, whether that was met)."""
-    names, met = [], False
+def _assigned(tree) -> dict:
+    """{name: the expression it stands for} of the template's own variables, those of loops included."""
+    own = {}
+    for n in [*tree.find_all(nodes.Assign), *tree.find_all(nodes.For)]:
+        for name in [n.target] if isinstance(n.target, nodes.Name) else n.target.find_all(nodes.Name):
+            expression = n.node if isinstance(n, nodes.Assign) else n.iter
+            if all(x.name != name.name for x in [expression, *expression.find_all(nodes.Name)] if isinstance(x, nodes.Name)):
+                own.setdefault(name.name, expression)
+    return own
+
+
+def _sides(children) -> tuple[list, list]:
+    """The expressions before the "|||" and those after it, conditions of what is worded included.
+
+    A condition around both sides only says whether the template applies, so it is on neither.
+    """
+    before, after, met = [], [], False
     for node in children:
-        match node:
-            case nodes.TemplateData():
-                met = "|||" in node.data
-            case nodes.Output():
-                more, met = _names(node.nodes)
-                names += more
-            case nodes.If():
-                names += [n.name for n in [node.test, *node.test.find_all(nodes.Name)] if isinstance(n, nodes.Name)]
-                for branch in (node.body, node.elif_, node.else_):
-                    more, inside = _names(branch)
-                    names, met = names + more, met or inside
-            case nodes.For():
-                names += [n.name for n in [node.iter, *node.iter.find_all(nodes.Name)] if isinstance(n, nodes.Name)]
-                more, met = _names(node.body)
-                names += more
-            case _:
-                names += [n.name for n in [node, *node.find_all(nodes.Name)] if isinstance(n, nodes.Name)]
-        if met:
-            break
-    return names, met
+        if isinstance(node, nodes.TemplateData):
+            met = met or "|||" in node.data
+        elif isinstance(node, (nodes.If, nodes.For, nodes.Output)):
+            bodies = [node.nodes] if isinstance(node, nodes.Output) else [
+                node.body, *([] if isinstance(node, nodes.For) else [node.elif_]), node.else_]
+            if met and isinstance(node, nodes.If) and node.else_:           # one or the other: which, the input does not say
+                continue
+            head = {nodes.If: ["test"], nodes.For: ["iter"]}.get(type(node), [])
+            inside = [_sides(body) for body in bodies]
+            splits = any(_splits(body) for body in bodies)
+            for x, y in inside:
+                (after if met else before).extend(x)
+                after.extend(y)
+            if not splits:
+                (after if met else before).extend(getattr(node, name) for name in head)
+            met = met or splits
+        elif not isinstance(node, nodes.Assign):
+            (after if met else before).append(node)
+    return before, after
+
+
+def _partly_shown(shown, own) -> set:
+    """Fields of which these expressions show a slice or some items, but nowhere the whole, nor items 0, 1, .. one by one."""
+    items, whole = {}, {n.name for n in shown if isinstance(n, nodes.Name)}
+    for n in _all(shown, nodes.Getitem, own):
+        index = n.arg.value if isinstance(n.arg, nodes.Const) else n.arg
+        if not _is_choices(n.node) and isinstance(index, (int, nodes.Slice)):
+            for name in _names([n.node], own):
+                items.setdefault(name, set()).add(index)
+    return {name for name, found in items.items() if len(found) < 2 or found != set(range(len(found)))} - whole
+
+
+def _random_fields(shown, own) -> bool:
+    """Whether a random choice decides which field or item these expressions show."""
+    indices = [n.arg for n in _all(shown, nodes.Getitem, own)]
+    return any(n.name == "choice" for n in _all(indices, nodes.Filter, own)) or any(
+        n.name == "choice" and set(_names([n], own)) - NOT_FIELDS for n in _all(shown, nodes.Filter, own))
+
+
+def _splits(children) -> bool:
+    return any(isinstance(n, nodes.TemplateData) and "|||" in n.data for child in children
+               for n in [child, *child.find_all(nodes.TemplateData)])
+
+
+def _all(trees, kind, own=None):
+    """Nodes of a kind in these expressions, and in those that the variables in them stand for."""
+    for tree in trees:
+        for n in [tree, *tree.find_all(nodes.Node)]:
+            if isinstance(n, kind):
+                yield n
+            if own and isinstance(n, nodes.Name) and n.name in own:
+                yield from _all([own[n.name]], kind, {k: v for k, v in own.items() if k != n.name})
+
+
+def _names(trees, own) -> list[str]:
+    """Names of fields in these expressions, a template's own variables resolved."""
+    return [n.name for n in _all(trees, nodes.Name, own) if n.name not in own]
 
 
 def load_templates(root: str) -> dict[str, list[Template]]:
@@ -220,9 +298,13 @@ def load_templates(root: str) -> dict[str, list[Template]]:
         dataset = os.path.relpath(os.path.dirname(path), root).replace(os.sep, "/")
         with named_file(path, remedy):
             with open(path, encoding="utf-8") as f:
-                records = yaml.load(f, _Loader)["templates"].values()                         # a SafeLoader: builds plain data
+                content = yaml.load(f, _Loader)                             # a SafeLoader: builds plain data
+            records = content.get("templates") if isinstance(content, dict) else None
+            if not isinstance(records, dict) or not all(isinstance(r, dict) and isinstance(r.get("metadata") or {}, dict)
+                                                        for r in records.values()):
+                raise ValueError("expected `templates:` with a !Template for every id")
             found[dataset] = []
-            for record in records:
+            for record in records.values():
                 metadata = record.get("metadata") or {}
                 found[dataset].append(Template(dataset, record["name"], record["jinja"], record.get("answer_choices"),
                                                bool(metadata.get("original_task")), tuple(metadata.get("metrics") or ())))

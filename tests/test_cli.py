@@ -25,7 +25,7 @@ EVERY_ROW = ["TAGI, right instruction", "TAGI, shuffled instruction", "TAGI, emp
              "meta-trained, instruction in input", "frozen LLM, no instruction",
              "LoRA teachers, held-out instances of training tasks", "copy the input", "copy the first demonstration's output"]
 UNSEEN_WORDING = ["TAGI, unseen wording", "meta-trained, unseen wording"]
-WITH_COST = {"TAGI, right instruction", "meta-trained, instruction in input", "frozen LLM, no instruction"}
+WITH_COST = set(EVERY_ROW) - {"copy the input", "copy the first demonstration's output"}
 
 
 # ----------------------------------------------------------------------------------------------------------- stages

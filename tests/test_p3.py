@@ -81,14 +81,30 @@ def test_a_random_choice_is_a_function_of_template_and_row():
      "{{ answer_choices[label] }}", "{{choice1}} ||| {{choice2}}",
      "premise  because / so  choice1 or choice2?\nAnswers: choice1, choice2", ["premise", "question", "choice1", "choice2"]),
     ('{% if question == "effect" %}\n{{ premise }} What next? ||| {{answer_choices[label]}}{% endif %}', "{{choice1}} ||| {{choice2}}",
-     "premise What next?\nAnswers: choice1, choice2", ["question", "premise"]),
-    ("{% for f in facts %}{{f | lower}}{% endfor %} {{ ', '.join(answer_choices) }}: {{answers.text[0]}} ||| {{label}}", "a ||| b",
-     "f a, b: answers.text\nAnswers: a, b", ["facts", "answers"]),
-    ("{% set x = premise | choice %}Say {{'it'}}: {{x}} ||| {{target}}", None, "Say it: x", ["premise"])])
+     "premise What next?\nAnswers: choice1, choice2", ["premise"]),
+    ("{% for f in facts %}{{f | lower}}{% endfor %} {{ ', '.join(answer_choices) }}: {{answers.text}} ||| {{label}}", "a ||| b",
+     "facts a, b: answers.text\nAnswers: a, b", ["facts", "answers"]),
+    ("{% set x = premise %}Say {{'it'}}: {{x[0] | upper}}{{x[1:]}} {{premise}} ||| {{target}}", None, "Say it: premise premise", ["premise"])])
 def test_the_instruction_is_the_template_with_names_for_fields(jinja, choices, text, fields):
-    """And the fields are those that the input shows: what only the target uses, the label above all, is not among them."""
+    """And the fields are those that the input shows: what only the target uses or what only decides whether the template
+    applies, the label above all, is not among them."""
     template = Template("d", "t", jinja, choices)
     assert " ".join(template.text.split()) == " ".join(text.split()) and template.fields == fields
+
+
+@pytest.mark.parametrize("jinja, choices, fields", [
+    ("{{dialogue[:-1]}} What next? ||| {{dialogue[-1]}}", None, None), ("{{question}} {{table}} ||| {{table | length}}", None, None),
+    ("{{q}} {{answer_choices | join(', ')}} ||| {{answer_choices[3]}}", "{{w1}} ||| {{w2}} ||| {{w3}} ||| {{right}}", None),
+    ("{{q}} {{answer_choices | join(', ')}} ||| {{answer_choices[label]}}", "{{c1}} ||| {{c2}}", ["q", "c1", "c2"]),
+    ("Is it {{options[0]}}? {{q}} ||| {{answer}}", None, None), ("{{fact[1:]}} ||| {{answer}}", None, None),
+    ("{{options[0]}} or {{options[1]}}? ||| {{answer_choices[label]}}", "{{options | join('|||')}}", ["options"]),
+    ("{% set i = range(3) | choice %}{{q}} {{ [a, b, c][i] }}? ||| {% if i == label %}Yes{% else %}No{% endif %}", None, None),
+    ("{{ ['Say', 'Tell'] | choice }} {{q}} ||| {{answer}}", None, ["q"]),
+    ("{% if answers %}{{q}} ||| {{answers | choice}}{% endif %}", None, ["q"]),
+    ("{{a}} or {{b}}? ||| {% if answer == '1' %}{{a}}{% else %}{{b}}{% endif %}", None, ["a", "b"])])
+def test_fields_that_tell_more_or_less_than_the_prompt_are_not_read(jinja, choices, fields):
+    """None: the student reads the prompt. Else what is shown whole, and nothing that names the answer."""
+    assert Template("d", "t", jinja, choices).fields == fields
 
 
 @pytest.mark.parametrize("jinja", [
@@ -133,6 +149,22 @@ def test_the_real_templates_are_t0s_and_render_on_the_real_rows():
 
 
 @real_data
+def test_no_students_fields_name_the_answer_in_the_real_templates():
+    """Worked out by hand for the templates at risk; T0's evaluation templates all have fields, never the label's."""
+    found = load_templates(str(P3 / "templates"))
+    reads_prompt = {dataset: sum(t.fields is None for t in found[dataset]) for dataset in data.P3_TRAIN}
+    assert {k: n for k, n in reads_prompt.items() if n} == {
+        "common_gen": 2, "dream": 2, "duorc/ParaphraseRC": 2, "duorc/SelfRC": 2, "multi_news": 1, "qasc": 8, "quartz": 8, "sciq": 3,
+        "social_i_qa": 1, "wiki_bio": 4, "wiki_hop/original": 9, "wiqa": 4}
+    for dataset, never in {"ropes": "answers", "kilt_tasks/hotpotqa": "output", "sciq": "correct_answer", "imdb": "label", "quail": "correct_answer_id",
+                           "quoref": "answers", "glue/mrpc": "label", "xsum": "summary", "ag_news": "label"}.items():
+        assert not any(never in (t.fields or []) for t in found[dataset] if "enerat" not in t.name), dataset
+    for dataset in set(data.P3_TEST.values()):
+        for t in found[dataset]:
+            assert not t.for_evaluation or t.fields and not {"label", "answer", "answer_right_ending", "idx"} & set(t.fields)
+
+
+@real_data
 def test_prompted_training_rows_find_their_template_by_name():
     """35 of the 36 data sets (trec's completions are empty there), none of which is held out."""
     found, tasks = load_templates(str(P3 / "templates")), data.load_p3(str(P3), "train", 1000)
@@ -149,7 +181,7 @@ def test_prompted_training_rows_find_their_template_by_name():
 def test_sni_training_tasks_of_held_out_data_sets_are_warned_of(monkeypatch):
     monkeypatch.setattr(data, "_warned", set())
     options = argparse.Namespace(data=str(P3.parent / "sni"), max_instances=1, allow_missing=False, categories=0, format="sni")
-    with pytest.warns(UserWarning, match="8 training tasks are named after data sets that P3 holds out.*task"):
+    with pytest.warns(UserWarning, match="17 training tasks are named after data sets that P3 holds out.*task"):
         data.training_tasks(options)
 
 
@@ -216,9 +248,17 @@ def test_both_splits_load_from_raw_and_prompted_rows(p3):
 @pytest.mark.parametrize("name, row, label", [
     ("rte", {"label": "not_entailment"}, 1), ("rte", {"label": 0}, 0), ("cb", {"label": "neutral"}, 2), ("cb", {"label": "contradiction"}, 1),
     ("anli_r2", {"label": "n"}, 1), ("anli_r1", {"label": "contradiction"}, 2), ("wic", {"label": True}, 1), ("wic", {"label": "false"}, 0),
-    ("wsc", {"label": False}, 0), ("hellaswag", {"label": "3"}, 3), ("copa", {"label": 1}, 1), ("imdb", {"label": -1}, -1)])
+    ("wsc", {"label": False}, 0), ("hellaswag", {"label": "3"}, 3), ("copa", {"label": 1}, 1), ("imdb", {"label": -1}, -1),
+    ("social_i_qa", {"label": "2"}, "2")])
 def test_labels_in_the_forms_that_data_sets_come_in(name, row, label):
     assert data.with_plain_label(name, row, "") == {"label": label}
+
+
+@pytest.mark.parametrize("name, row", [("winogrande", {"answer": ""}), ("hellaswag", {"label": ""}), ("copa", {"label": -1}), ("rte", {}),
+                                       ("story_cloze", {"answer_right_ending": None})])
+def test_hidden_labels_are_refused(name, row):
+    with pytest.raises(common.UserError, match="row 4.*validation split"):
+        data.with_plain_label(name, row, "x.jsonl, row 4")
 
 
 def test_winograd_spans_of_superglues_own_files_become_fields():
@@ -242,6 +282,8 @@ BROKEN = {
     "failing template": (lambda p: replace(p / "templates/super_glue/rte", "{{premise}}", "{{premise.nothing}}"), ["super_glue/rte", "can we infer", "row 0"]),
     "no JSON lines": (lambda p: (p / "rte/validation.jsonl").write_text('{"premise":\n'), ["rte/validation.jsonl, line 1"]),
     "no YAML": (lambda p: (p / "templates/imdb/templates.yaml").write_text("a: ["), ["imdb/templates.yaml"]),
+    "an empty YAML": (lambda p: (p / "templates/imdb/templates.yaml").write_text(""), ["imdb/templates.yaml", "templates:"]),
+    "a list of templates": (lambda p: (p / "templates/imdb/templates.yaml").write_text("templates: [a]"), ["imdb/templates.yaml"]),
     "a template without a name": (lambda p: replace(p / "templates/imdb", '  name: "Neg', '  nam: "Neg'), ["imdb/templates.yaml", "name"]),
     "no templates": (lambda p: [f.unlink() for f in p.glob("templates/**/*.yaml")], ["templates", "promptsource"]),
     "no rows": (lambda p: [f.unlink() for f in p.glob("**/validation.jsonl")], ["rte/validation.jsonl"]),
@@ -405,12 +447,24 @@ def test_own_choices_are_ranked_from_python(p3_project):
         tagi.rank([" "], [["Yes"]], None)
 
 
-def test_a_shuffled_instruction_is_of_another_data_set(p3):
-    tasks = data.load_p3(str(p3))
-    tasks = [copy.replace(t, name=f"{t.name} {n}") if hasattr(copy, "replace") else t for n, t in enumerate(tasks)]
-    others = bench.shuffled([*tasks[1:], *data.load_p3(str(p3), "train")], across_categories=True)
-    assert sorted(t.name for t in others) == sorted(t.name for t in [*tasks[1:], *data.load_p3(str(p3), "train")])
-    assert all(a.category != b.category for a, b in zip([*tasks[1:], *data.load_p3(str(p3), "train")], others))
+def test_a_shuffled_instruction_is_of_another_kind_of_task(p3):
+    """ANLI's rounds, CB and RTE share their templates, so they are one kind; of a single kind, any other task."""
+    def task(category, n):
+        return data.Task(f"{category}: {n}", category, ["d"], [], [])
+
+    tasks = [task(name, n) for name in data.P3_TEST for n in range({"cb": 15, "copa": 12}.get(name, 10))]
+    nli = {"anli_r1", "anli_r2", "anli_r3", "cb", "rte"}
+    givers = bench.of_another_kind(tasks)
+    assert len(givers) == len(tasks) and givers == bench.of_another_kind(tasks) and len({t.category for t in givers}) > 5
+    assert all(a.category != b.category and not {a.category, b.category} <= nli for a, b in zip(tasks, givers))
+    few = [task("cb", 0), task("rte", 1)]
+    assert bench.of_another_kind(few) == few[::-1]
+
+
+def test_p3_has_a_test_split_and_rows_of_its_own(p3_project):
+    assert "train and test" in p3_project.refuses("evaluate", "--bench=p3", "--split=validation")
+    for row in ("teachers", "copy_demo", "tagi_unseen_wording"):
+        assert row in p3_project.refuses("evaluate", "--bench=p3", f"--rows=tagi,{row}")
 
 
 @pytest.mark.parametrize("size, lr, tasks, accumulate", [("base", 1e-4, 8, 2), ("large", 1e-4, 4, 4), ("xl", 5e-5, 2, 4)])

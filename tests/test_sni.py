@@ -17,6 +17,7 @@ from stages import ROOT, call
 import common
 import data
 import evaluate
+import lora
 import report
 
 SNI = Path(os.environ["TAGI_DATA"]) / "sni" if "TAGI_DATA" in os.environ else None
@@ -157,7 +158,7 @@ def test_predictions_of_other_weights_or_data_are_not_gone_on_from(project):
     project.run("finetune", "--fresh", "--seed=3")
     project.run("evaluate", *flags)
     assert not any("mark " in p["prediction"] for p in predictions(out))
-    assert (out / "predictions.jsonl.old").read_text() == marked            # and nothing is lost
+    assert (out / "predictions.jsonl.1").read_text() == marked            # and nothing is lost
     project.run("evaluate", *flags, "--eval-instances=3")
     assert results(out)["results"][0]["instances"] == 9
     path.write_text(path.read_text().replace('"prediction": "', '"prediction": "mark '))
@@ -196,7 +197,7 @@ def test_the_sni_table_has_its_rows_costs_and_coverage(project):
     assert [r["key"] for r in found["results"]] == [key for key in keys for _ in (0, 2)]
     assert "| | ROUGE-L | 95 % | exact match | 95 % | tasks | ms / task of 100 | FLOPs / task of 100 | N(t + n·i) |" in out
     for r in found["results"]:
-        assert ("formula" in r) == (r["key"] in ("tagi", "meta", "no_instruction"))
+        assert ("formula" in r) == ("flops" in r) == ("ms" in r) == (r["key"] not in ("copy_input", "copy_demo"))
     cost = {(r["key"], r["demos"]): r for r in found["results"] if "formula" in r}
     for demos in (0, 2):
         assert cost["meta", demos]["formula"] == 1 > cost["tagi", demos]["formula"] > cost["no_instruction", demos]["formula"]
@@ -214,14 +215,33 @@ def test_the_formula_is_the_papers():
     """t = 30 tokens of instruction, i = 10 of instance: (t + n·i) / (n·(t + i)) for n = 100 is 0.2575."""
     from unittest import mock
     task = data.Task("t", "c", ["x" * 25], [], [data.Instance("0", "y", ["z"])])
-    with mock.patch.object(data, "instruction_text", lambda *args: "a" * 30), mock.patch.object(
+    with mock.patch.object(lora, "init_weights", lambda *args: {}), mock.patch.object(data, "instruction_text", lambda *args: "a" * 30), mock.patch.object(
             data, "instance_text", lambda text: "b" * 10), mock.patch.object(common, "meta_path", lambda options: ""):
         tagi = mock.MagicMock(tokenizer=lambda x: {"input_ids": list(x) if isinstance(x, str) else [list(y) for y in x]})
         bench = mock.MagicMock(tagi=tagi, tasks=[task], options=argparse.Namespace(max_output=5, batch_size=50))
         from cost import measure_cost
         costs = measure_cost(bench, 0, n=100, repeats=1)
+    once = (30 + 100 * 10) / (100 * 40)
     assert {way: cost["formula"] for way, cost in costs.items()} == pytest.approx(
-        {"meta": 1, "tagi": (30 + 100 * 10) / (100 * 40), "no_instruction": 0.25})
+        {"meta": 1, "teachers": 1, "meta_lora": 1, "no_finetuning": 1, "tagi": once, "tagi_shuffled": once, "tagi_empty": 0.25,
+         "no_instruction": 0.25})
+
+
+def test_flops_count_attention_whatever_code_computes_it(project):
+    """PyTorch's counter knows no CPU flash attention, so the counted pass runs without: sdpa counts as eager does, but for
+    rounding in how lengths fall."""
+    flops = {}
+    for attention in ("eager", "sdpa"):
+        tagi = evaluate.TAGI.load(str(project.runs / "finetune"))
+        tagi.llm.set_attn_implementation(attention)
+        options = argparse.Namespace(data=str(project.data), runs=str(project.runs), bench="sample", split="validation", eval_instances=5,
+                                     allow_missing=False, batch_size=5, max_input=192, max_output=4, meta_model=None, config="",
+                                     model="tiny", device="cpu", precision="fp32")
+        bench = evaluate.Bench(options)
+        bench.tagi = tagi.requires_grad_(False)
+        from cost import measure_cost
+        flops[attention] = {way: cost["flops"] for way, cost in measure_cost(bench, 2, 2, 1, 1).items()}
+    assert flops["sdpa"] == pytest.approx(flops["eager"], rel=1e-6)
 
 
 @pytest.mark.parametrize("size, column", [("base", 0), ("xl", 1), ("xxl", 2), ("large", None), ("smoke", None)])
@@ -287,8 +307,37 @@ def test_rescoring_gives_the_same_scores_without_a_model(scored, tmp_path):
     for a, b in zip(results(tmp_path)["results"], before["results"], strict=True):
         assert a.items() <= b.items() and a["by_task"] == b["by_task"]
     assert "TAGI, right instruction" in out
-    official = scored.run("evaluate", "--rescore", path)                     # exact match as the official script
-    assert all(f"| {r['exact_match']:.1f} |" not in official or r["exact_match"] >= 0 for r in before["results"])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(r | {"prediction": r["references"][0].upper()}) + "\n" for r in lines[:-3]))
+    for bench, score in (("sample", 0), ("sni", 100)):                       # the official exact match is looser
+        scored.run("evaluate", "--rescore", path, "--bench", bench, "--out", tmp_path)
+        assert {r["exact_match"] for r in results(tmp_path)["results"]} == {score}
+
+
+def test_a_partial_file_is_rescored_with_its_gaps_shown(scored, tmp_path):
+    path = scored.runs / "evaluate/predictions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    categories = [json.loads(line)["category"] for line in lines]
+    keep = [line for line, c in zip(lines, categories) if c != categories[-1] or "copy" in line]
+    (tmp_path / "part.jsonl").write_text("".join(keep))
+    assert f"| {categories[-1]} |  |" in scored.run("evaluate", "--rescore", tmp_path / "part.jsonl", "--bench=sample")
+
+
+def test_our_own_file_is_rescored_with_the_official_references_teachers_with_their_own(project, tmp_path):
+    project.run("evaluate", "--split=validation", "--rows=copy_demo,teachers")
+    path, before = project.runs / "evaluate/predictions.jsonl", results(project.runs / "evaluate")["results"]
+    rows = {r["id"]: r for r in map(json.loads, path.read_text().splitlines()) if r["row"].startswith("copy")}
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"id": r["id"], "references": r["references"], "task_id": r["task"],
+                                                          "task_category": r["category"]}) + "\n" for r in rows.values()))
+    project.run("evaluate", "--rescore", path, "--bench=sample", "--references", tmp_path / "r.jsonl", "--out", tmp_path)
+    assert [r["rouge_l"] for r in results(tmp_path)["results"]] == [r["rouge_l"] for r in before]
+
+
+def test_the_other_track_of_the_official_reference_file_does_not_count(project, tmp_path):
+    other = [r | {"id": f"x{r['id']}", "track": "xlingual"} for r in REFERENCES]
+    lines = [{"id": r["id"], "prediction": r["references"][1]} for r in REFERENCES]
+    project.run("evaluate", *leaderboard(tmp_path, lines, REFERENCES + other))
+    assert (results(tmp_path)["results"][0]["rouge_l"], results(tmp_path)["results"][0]["instances"]) == (100.0, 4)
 
 
 def leaderboard(tmp_path, lines, references):
@@ -318,8 +367,9 @@ def test_the_official_leaderboard_form_is_scored_and_a_missing_prediction_is_emp
     ([{"id": "i0", "prediction": "a"}] * 2, REFERENCES, "i0"),
     ([{"id": "i0", "prediction": "a"}], [{"id": "i0", "references": "a"}], "r.jsonl, line 1"),
     ([{"id": "i0", "prediction": "a"}], [{"id": "i0", "references": []}], "r.jsonl, line 1"),
+    ([{"id": "i0", "prediction": "a"}], [{"id": "i0", "references": [1]}], "r.jsonl, line 1"),
     ([{"id": "i0", "prediction": "a"}], [{"id": "i0"}], "r.jsonl, line 1: no references")],
-    ids=["unknown ids", "cut", "no prediction", "no object", "a number", "empty", "twice", "a text", "no reference", "none"])
+    ids=["unknown ids", "cut", "no prediction", "no object", "a number", "empty", "twice", "a text", "no reference", "a number for one", "none"])
 def test_a_wrong_predictions_or_reference_file_is_named(project, tmp_path, lines, references, said):
     line = project.refuses("evaluate", *leaderboard(tmp_path, lines, references))
     assert said in line and str(tmp_path) in line and not (tmp_path / "results.json").exists()
@@ -345,6 +395,11 @@ BROKEN = {
     "an instance without output": (lambda text: edit(text, Instances=[{"id": "a", "input": "b", "output": []}]), "output"),
     "an instance without input": (lambda text: edit(text, Instances=[{"id": "a", "output": ["b"]}]), "input"),
     "no instances": (lambda text: edit(text, Instances=[]), "Instances"),
+    "a number as output": (lambda text: edit(text, Instances=[{"id": "a", "input": "b", "output": [3]}]), "output"),
+    "a number as input": (lambda text: edit(text, Instances=[{"id": "a", "input": 3, "output": ["b"]}]), "input"),
+    "instances null": (lambda text: edit(text, Instances=None), "Instances"),
+    "instances of texts": (lambda text: edit(text, Instances=["a"]), "instance 0"),
+    "a Definition of nulls": (lambda text: edit(text, Definition=[None]), "Definition"),
     "one id twice": (lambda text: edit(text, Instances=[{"id": "a", "input": "b", "output": ["b"]}] * 2), "same id"),
     "an example without output": (lambda text: edit(text, **{"Positive Examples": [{"input": "a"}]}), "Positive Example 1"),
 }

@@ -1,11 +1,9 @@
 """P3: templates rendered as promptsource does, rank classification, and what a user types."""
 import argparse
-import copy
 import json
 import os
 import random
 import textwrap
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import yaml
 pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
 from conftest import KINDS, close, make_llm, make_random_tagi, make_tokenizer
-from stages import ROOT, call
+from stages import ROOT
 
 import bench
 import common

@@ -12,7 +12,6 @@ middle half of the rounds, after one round of warm-up that does not count. PEFT 
 """
 import argparse
 import contextlib
-import copy
 import statistics
 import sys
 import tempfile

@@ -220,13 +220,13 @@ class TAGI(nn.Module):
         return output + f(args[0], self.embedding_delta.to(output.dtype))
 
     @contextlib.contextmanager
-    def adapted(self, adapter: Adapter | None, beams: int = 1):
+    def adapted(self, adapter: Adapter | None):
         """Within: the LLM runs with this adapter, a row per instance or one for all. None: the frozen LLM."""
         if self.merged is not None and adapter is not self.merged:
             raise ValueError("another adapter is merged into the model; call unmerge first")
         weights = adapter.weights if adapter is not None and self.merged is None else None
         if weights is not None:
-            weights = lora.select(weights, 0) if len(adapter) == 1 else lora.repeat_for_beams(weights, beams)
+            weights = lora.select(weights, 0) if len(adapter) == 1 else weights
         if self.merged is None:
             lora.set_weights(self.llm, weights)
         self.active = adapter
@@ -307,9 +307,9 @@ class TAGI(nn.Module):
         options go to Transformers' `generate` (sampling, length limits). Raises UserError for an empty input and
         ValueError where the rows are neither one nor as many as the inputs.
         """
-        outputs, beams = [], max(num_beams, options.get("num_return_sequences", 1))
+        outputs = []
         for _, ids, mask, adapter in self._batches(inputs, adapters, batch_size):
-            with self.adapted(adapter, beams) as llm:
+            with self.adapted(adapter) as llm:                              # beams of an input are a block
                 encoded, mask = self.encode(ids, mask)
                 out = llm.generate(encoder_outputs=encoded, attention_mask=mask, num_beams=num_beams,
                                    max_new_tokens=max_new_tokens, **{"do_sample": False, **options})

@@ -13,7 +13,8 @@ import torch.nn as nn
 from common import UserError
 
 # What this module calls `weights` everywhere: {site: (lora_A, lora_B)}, a site being the wrapped layer's module name.
-# lora_A is (r, D_in), or (N, r, D_in) where every example has its own; lora_B is (D_out, r), or (N, D_out, r).
+# lora_A is (r, D_in), or (N, r, D_in) where every example has its own; lora_B is (D_out, r), or (N, D_out, r). A model that
+# is run on k·N examples gives row n to the n-th block of k: the k beams of example n stand next to each other.
 Weights = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -39,7 +40,9 @@ class LoRALinear(nn.Module):
         if self.lora_A is None:
             return y
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return y + self.scaling * (x @ A.mT @ B.mT)  # one broadcast expression, shared or per example
+        if A.dim() == 3:                            # row n of the weights serves example n, or the n-th block of examples
+            x = x.reshape(len(A), -1, x.shape[-1])  # (rows, T or more, D_in)
+        return y + self.scaling * (x @ A.mT @ B.mT).reshape(y.shape)       # one broadcast expression, shared or per example
 
 
 def inject_lora(model: nn.Module, targets, r: int, alpha: float) -> dict[str, LoRALinear]:
@@ -113,12 +116,6 @@ def set_weights(model: nn.Module, weights: Weights | None) -> None:
 def select(weights: Weights, index) -> Weights:
     """Weights for a mixed batch: row index[n] of (K, r, D_in), (K, D_out, r) for example n; an integer drops the axis."""
     return {name: (A[index], B[index]) for name, (A, B) in weights.items()}
-
-
-def repeat_for_beams(weights: Weights, beams: int, stack: str = "decoder.") -> Weights:
-    """Per-example weights for beam search, where each example becomes `beams` rows of the decoder's batch."""
-    return {name: (A, B) if A.dim() == 2 or not name.startswith(stack)
-            else (A.repeat_interleave(beams, 0), B.repeat_interleave(beams, 0)) for name, (A, B) in weights.items()}
 
 
 @torch.no_grad()

@@ -132,14 +132,18 @@ def test_zero_b_is_exactly_the_plain_model():
     assert torch.equal(logits(llm), plain)
 
 
-def test_repeat_for_beams_repeats_per_example_decoder_weights_only():
-    """Rows become 0 0 0 1 1 1 in the decoder; the encoder, and shared weights, stay as they are."""
-    A, B = torch.arange(2.0).view(2, 1, 1), torch.arange(2.0, 4).view(2, 1, 1)
-    weights = {"encoder.q": (A, B), "decoder.q": (A, B), "decoder.v": (A[0], B[0])}
-    repeated = lora.repeat_for_beams(weights, 3)
-    assert repeated["decoder.q"][0].flatten().tolist() == [0, 0, 0, 1, 1, 1]
-    assert repeated["decoder.q"][1].flatten().tolist() == [2, 2, 2, 3, 3, 3]
-    assert repeated["encoder.q"] == (A, B) and repeated["decoder.v"] == (A[0], B[0])
+def test_a_row_of_weights_serves_a_block_of_examples(layer):
+    """As many beams or instances of one task as there are examples for a row; a number that does not divide is refused."""
+    x, A, B = (torch.randn(*s, dtype=torch.float64) for s in ((6, 3, 5), (2, 2, 5), (2, 7, 2)))
+    layer.lora_A, layer.lora_B = A.repeat_interleave(3, 0), B.repeat_interleave(3, 0)
+    each = layer(x)
+    layer.lora_A, layer.lora_B = A, B
+    close(layer(x), each)
+    layer.lora_A, layer.lora_B = A.flip(0), B.flip(0)
+    assert (layer(x) - each).abs().max() > 0.1
+    layer.lora_A, layer.lora_B = torch.cat([A, A]), torch.cat([B, B])
+    with pytest.raises(RuntimeError, match="shape"):
+        layer(x[:, :, :5][:, :1])
 
 
 # ---------------------------------------------------------------------------------------------------------- merging

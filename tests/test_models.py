@@ -140,6 +140,19 @@ def test_a_teacher_in_a_group_is_the_teacher_trained_alone(demos, tasks, tmp_pat
                 torch.testing.assert_close(a[0], b[n], rtol=0, atol=1e-5)
 
 
+def test_a_teacher_among_sixteen_is_the_teacher_trained_alone(tasks, tmp_path):
+    """Twenty steps of AdamW at the paper's learning rate: gradients and moments never mix."""
+    units = {f"unit{n:02}": [tasks[n % 3]] for n in range(16)}
+    flags = ("--steps=20", "--accumulate=2", "--lr=1e-4")
+    group = teach(tmp_path / "group", make_llm("v1.1"), sorted(units), units, *flags)
+    for n in (0, 7, 15):
+        alone = teach(tmp_path / str(n), make_llm("v1.1"), [f"unit{n:02}"], units, *flags)
+        for site, pair in alone.items():
+            for a, b in zip(pair, group[site]):
+                torch.testing.assert_close(a[0], b[n], rtol=0, atol=1e-5)
+    assert all((B[0] - B[15]).abs().max() > 1e-4 for _, B in group.values())
+
+
 def test_a_missing_teacher_or_one_of_another_llm_or_rank_is_one_line(tasks, tmp_path):
     """load_teachers names the folder and the command, or what does not fit."""
     llm, units = make_llm("v1.1"), {"one": [tasks[0]]}

@@ -238,6 +238,22 @@ class TAGI(nn.Module):
             if self.merged is None:
                 lora.set_weights(self.llm, None)
 
+    def repetition(self):
+        """For `lora.checkpoint_blocks`: the backward pass repeats a block with the adapter that is active now."""
+        adapter, weights = self.active, lora.weights_of(self.llm)
+
+        @contextlib.contextmanager
+        def again():
+            before = self.active, lora.weights_of(self.llm)
+            self.active = adapter
+            lora.set_weights(self.llm, weights)
+            try:
+                yield
+            finally:
+                self.active = before[0]
+                lora.set_weights(self.llm, before[1])
+        return contextlib.nullcontext(), again()
+
     def merge(self, adapter: Adapter) -> None:
         """Fold one task's LoRA into the LLM. Until `unmerge`, only this adapter can run, at plain T5's cost."""
         if self.merged is not None:

@@ -7,8 +7,11 @@ a teacher's weights are parameters, a student's are the output of the hypernetwo
     N  batch (examples)      r      rank
     T  tokens                D_in, D_out  width of the wrapped linear layer
 """
+import contextlib
+
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError
 
@@ -142,6 +145,27 @@ def unmerge(model: nn.Module) -> None:
         if wrapper.original is not None:
             wrapper.weight.copy_(wrapper.original)
             wrapper.original = None
+
+
+def weights_of(model: nn.Module) -> Weights | None:
+    """What `set_weights` put there."""
+    weights = {name: (wrapper.lora_A, wrapper.lora_B) for name, wrapper in sites(model).items()}
+    return None if any(A is None for A, _ in weights.values()) else weights
+
+
+def checkpoint_blocks(model: nn.Module, contexts=lambda: (contextlib.nullcontext(), contextlib.nullcontext())) -> None:
+    """Gradient checkpointing: keep only the input of each T5 block; the backward pass runs the block again.
+
+    LoRA weights are set from outside, so they must still be set then. contexts: called when a block runs, returns the
+    contexts of that run and of the repetition (torch.utils.checkpoint's context_fn), which may set them again.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("Block"):                     # T5Block, MT5Block
+            def run(*args, forward=module.forward, **kwargs):
+                if not torch.is_grad_enabled():
+                    return forward(*args, **kwargs)
+                return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            module.forward = run
 
 
 # ---------------------------------------------------------------------- alignment with a teacher's weights, Eq. 6

@@ -165,6 +165,9 @@ def train(options, rank, world):
     if not parameters:
         raise common.UserError("these options leave nothing to train; drop --no-hypernetwork or --no-encoder-fusion")
 
+    if options.checkpointing:
+        lora.checkpoint_blocks(llm, tagi.repetition)
+
     # What the stage needs from earlier ones.
     teachers = teacher_llm = None
     if options.stage == "pretrain":

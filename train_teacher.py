@@ -80,9 +80,11 @@ def save_llm(folder, options, llm, tokenizer, **kwargs):
 def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
     """Train all weights of the LLM on `get_batch(step, micro) -> (ids, mask, labels)`; stages base and meta."""
     llm.to(options.device).train()
+    if options.checkpointing:
+        lora.checkpoint_blocks(llm)
     parameters = dict(llm.named_parameters())
     optimizer = common.make_optimizer(parameters, options)
-    start = common.resume(folder, options, parameters, optimizer)
+    start, cache = common.resume(folder, options, parameters, optimizer), not options.checkpointing
     common.begin(folder, options, rank)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
@@ -99,7 +101,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
         total = 0.0
         for ids, mask, labels in batches:
             with autocast:
-                logits = llm(input_ids=ids, attention_mask=mask, labels=labels).logits         # (N, C, V)
+                logits = llm(input_ids=ids, attention_mask=mask, labels=labels, use_cache=cache).logits   # (N, C, V)
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / n_tokens
             loss.backward()
             total += loss.detach()
@@ -175,6 +177,8 @@ def train_lora(options, rank, world):
     llm.requires_grad_(False).eval()
     options.llm_fingerprint = common.fingerprint(llm)
     lora.inject_lora(llm, options.targets.split(","), options.rank, options.alpha)
+    if options.checkpointing:
+        lora.checkpoint_blocks(llm)
     units = {}
     for task in data.training_tasks(options):
         units.setdefault(data.unit_of(task, options.unit), []).append(task)
@@ -202,6 +206,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
     parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
     optimizer = common.make_optimizer(parameters, options)
     log = common.Log(folder, options, 0, rank, summed=False)                # every rank has teachers of its own
+    cache = not options.checkpointing                                       # a block that runs again would add to it again
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     def get_batch(step, micro):
@@ -229,7 +234,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
         for ids, mask, labels, owner in batches:
             with autocast:
                 lora.set_weights(llm, lora.select(weights, owner))
-                logits = llm(input_ids=ids, attention_mask=mask, labels=labels).logits         # (N, C, V)
+                logits = llm(input_ids=ids, attention_mask=mask, labels=labels, use_cache=cache).logits   # (N, C, V)
             losses = F.cross_entropy(logits.float().mT, labels, reduction="none").sum(1)       # (N,)
             loss = (losses / n_tokens[owner]).sum()
             loss.backward()

@@ -164,6 +164,20 @@ def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, term
     assert evaluate.TAGI.load(str(project.runs / "other")).adapt(["Find the city ."]).mask.any()
 
 
+@pytest.mark.parametrize("stage", ["meta", "lora", "finetune"])
+def test_gradient_checkpointing_trains_the_same(project, stage):
+    """Against the fixture's stage: the same losses, the second of which is after a step. Weights too, but for meta, whose Muon
+    makes much of rounding."""
+    project.run(stage, "--name=other", "--checkpointing")
+    losses = [[row["loss"] for row in project.log(name)] for name in (stage, "other")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][0] != losses[0][1]
+    if stage != "meta":
+        for path in (project.runs / stage).rglob("model.safetensors"):
+            folder = path.parent.relative_to(project.runs / stage)
+            a, b = project.weights(stage, folder), project.weights("other", folder)
+            assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=1e-5) for name in a)
+
+
 def test_no_fusion_is_both_parts_off(project):
     project.run("finetune", "--name=other", "--no-fusion")
     record = project.record("other")

@@ -442,3 +442,35 @@ def test_a_missing_checkpoint_is_one_line(checkpoint, tmp_path):
     llm_folder.rename(tmp_path / "gone")
     with warnings.catch_warnings(), pytest.raises(common.UserError, match="llm"):
         TAGI.load(str(folder))
+
+
+# ------------------------------------------------------------------------------------------- gradient checkpointing
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_gradient_and_keeps_less(kind, exact):
+    """Per-example LoRA, both fusions, own norms and embeddings; the adapter is gone by the time of the backward pass."""
+    gradients, kept = {}, {}
+    for checkpointing in (False, True):
+        tagi = make_random_tagi(kind)
+        if checkpointing:
+            lora.checkpoint_blocks(tagi.llm, tagi.repetition)
+        parameters, size = tagi.trainable(), [0]
+
+        def pack(x):
+            size[0] += x.numel()
+            return x
+
+        ids, mask = data.tokenize_instructed(tagi.tokenizer, [(i, []) for i in INSTRUCTIONS], 64)
+        first, last = tagi.encode_instruction(ids, mask)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            adapter = tagi.generate_adapter(first, last, mask)
+            start = size[0]
+            loss = tagi(adapter, *tokens(tagi)).square().mean()
+        with tagi.adapted(None):                                        # another state, as the next teacher's pass leaves it
+            loss.backward()
+        assert tagi.active is None and lora.weights_of(tagi.llm) is None
+        gradients[checkpointing] = {name: p.grad for name, p in parameters.items()}
+        kept[checkpointing] = size[0] - start
+    assert all(g is not None for g in gradients[False].values())
+    close(gradients[True], gradients[False])
+    assert kept[True] < kept[False] / 2

@@ -69,6 +69,12 @@ class Bench:
                                    f"{self.options.max_instances}, so none are held out; choose --rows without teachers")
         return tasks
 
+    @functools.cached_property
+    def givers(self):
+        """{task name: the task whose instruction it is given instead of its own}."""
+        others = of_another_kind(self.tasks) if self.options.bench == "p3" else shuffled(self.tasks)
+        return dict(zip([t.name for t in self.tasks], others))
+
     def tasks_of(self, row):
         return self.trained if row == "teachers" else self.reworded if row.endswith("unseen_wording") else self.tasks
 
@@ -135,9 +141,7 @@ class Bench:
             case "tagi" | "tagi_unseen_wording":
                 return self.student(demos, tasks, tasks)
             case "tagi_shuffled":
-                givers = of_another_kind(self.tasks) if self.options.bench == "p3" else shuffled(self.tasks)
-                other = dict(zip([t.name for t in self.tasks], givers))
-                return self.student(demos, tasks, [other[t.name] for t in tasks])
+                return self.student(demos, tasks, [self.givers[t.name] for t in tasks])
             case "tagi_empty":
                 return self.student(demos, tasks, [None] * len(tasks))
             case "meta" | "meta_unseen_wording":

@@ -10,6 +10,15 @@ import data
 import lora
 
 
+def take_turns(ways, arguments, repeats, seconds):
+    """Run every way `repeats` times, one after another, and append how long each took to its list."""
+    for _ in range(repeats):
+        for way, run in ways.items():
+            start = time.perf_counter()
+            run(*arguments)
+            seconds[way].append(time.perf_counter() - start)
+
+
 def measure_cost(bench, demos, n=100, repeats=5, n_tasks=4):
     """FLOPs and milliseconds per instance for n instances of one task, every answer as long as the mean reference.
 
@@ -53,15 +62,11 @@ def measure_cost(bench, demos, n=100, repeats=5, n_tasks=4):
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):     # flash attention, which the
                 run(own, other, inputs)                                     # counter does not know on a CPU
             flops[way].append(counter.get_total_flops() / n)
-        for _ in range(repeats):
-            for way, run in ways.items():
-                start = time.perf_counter()
-                run(own, other, inputs)
-                seconds[way].append((time.perf_counter() - start) / n)
+        take_turns(ways, (own, other, inputs), repeats, seconds)
     once = (t / n + i) / (t + i)
     formula = {"meta": 1.0, "teachers": 1.0, "no_instruction": i / (t + i), "tagi": once, "tagi_shuffled": once,
                "tagi_empty": i / (t + i)}
-    costs = {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) * 1000,
+    costs = {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) / n * 1000,
                    "formula": formula[way]} for way in ways}
     return costs | {"meta_lora": costs["teachers"], "no_finetuning": costs["meta"]}
 
@@ -87,10 +92,7 @@ def measure_ranking(bench, demos, repeats=5, n=20, n_tasks=4):
     seconds = {way: [] for way in ways}
     for task in bench.tasks[::max(1, len(bench.tasks) // n_tasks)][:n_tasks]:
         rows = [task.instances[k % len(task.instances)] for k in range(n)]
-        for repeat in range(repeats + 1):                                   # the first one only warms up
-            for way, run in ways.items():
-                start = time.perf_counter()
-                run(task, rows)
-                if repeat:
-                    seconds[way].append((time.perf_counter() - start) / n)
-    return {way: {"ms": float(np.median(x)) * 1000} for way, x in seconds.items()}
+        for run in ways.values():                                           # warms up
+            run(task, rows)
+        take_turns(ways, (task, rows), repeats, seconds)
+    return {way: {"ms": float(np.median(x)) / n * 1000} for way, x in seconds.items()}

@@ -104,6 +104,11 @@ def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> 
     return [task for task in tasks if task.category in kept and task.instances]
 
 
+def is_texts(value) -> bool:
+    """A list of texts, not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
 def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Task:
     with named_file(path, "a task's file is one JSON object; fetch or write it again"), open(path, encoding="utf-8") as f:
         record = json.load(f)
@@ -112,13 +117,10 @@ def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Tas
         if not condition:
             raise UserError(f"{path}: {what}")
 
-    def texts(value):
-        return isinstance(value, list) and value and all(isinstance(text, str) for text in value)
-
     need(isinstance(record, dict), "no JSON object; a task's file is one")
     definitions, categories = ([x] if isinstance(x, str) else x for x in (record.get("Definition"), record.get("Categories")))
-    need(texts(definitions) and definitions[0].strip(), "no Definition; every task needs one")
-    need(not categories or texts(categories), "Categories are no texts")
+    need(is_texts(definitions) and definitions[0].strip(), "no Definition; every task needs one")
+    need(not categories or is_texts(categories), "Categories are no texts")
     rows, examples = record.get("Instances"), record.get("Positive Examples") or []
     need(isinstance(rows, list) and rows, "no Instances; every task needs some")
     need(isinstance(examples, list), "Positive Examples are no list")
@@ -126,7 +128,7 @@ def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Tas
     for n, row in enumerate(rows[skip:None if max_instances is None else skip + max_instances], skip):
         outputs = row.get("output") if isinstance(row, dict) else None
         outputs = [outputs] if isinstance(outputs, str) else outputs
-        need(texts(outputs) and isinstance(row.get("input"), str), f"instance {n} has no input or no output")
+        need(is_texts(outputs) and isinstance(row.get("input"), str), f"instance {n} has no input or no output")
         instances.append(Instance(str(row.get("id", f"{name}-{n}")), row["input"], outputs))
     need(len({x.id for x in instances}) == len(instances), "two instances have the same id")
     for n, row in enumerate(examples, 1):
@@ -415,9 +417,8 @@ def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
             for key, kind in types.items():
                 if key not in row:
                     raise UserError(f"{path}, line {n}: no {key}; {remedy}")
-                value = row[key]
-                if not isinstance(value, kind) or kind is list and not (value and all(isinstance(x, str) for x in value)):
-                    raise UserError(f"{path}, line {n}: {key} is {str(value)[:40]}, no {TYPES.get(kind, kind.__name__)}; {remedy}")
+                if not isinstance(row[key], kind) or kind is list and not is_texts(row[key]):
+                    raise UserError(f"{path}, line {n}: {key} is {str(row[key])[:40]}, no {TYPES.get(kind, kind.__name__)}; {remedy}")
             rows.append(row)
     if not rows:
         raise UserError(f"{path} is empty; {remedy}")

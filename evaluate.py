@@ -198,7 +198,7 @@ def rescore(options):
         lines = data.read_json_lines(options.references, "--references reads the official test_references.jsonl", id=object,
                                      references=list)
         official = {str(r["id"]): r for r in lines if r.get("track", "default") == "default"}  # the file has another track too
-    for n, r in enumerate(records, 1):
+    for r in records:
         row, demos = r.get("row", os.path.basename(options.rescore)), r.get("demos")
         group = rows.setdefault((str(row), demos if demos in report.SETTINGS else None), {})
         key = str(r.get("task")), str(r["id"])
@@ -207,8 +207,8 @@ def rescore(options):
         group[key] = r
     for (row, demos), group in rows.items():
         given, scored = {name: r["prediction"] for (_, name), r in group.items()}, list(group.values())
-        own = all(isinstance(r.get("references"), list) and r["references"] and all(isinstance(x, str) for x in r["references"])
-                  and isinstance(r.get("task"), str) and isinstance(r.get("category"), str) for r in scored)
+        own = all(data.is_texts(r.get("references")) and isinstance(r.get("task"), str) and isinstance(r.get("category"), str)
+                  for r in scored)
         unknown = [] if official is None else [name for name in given if name not in official]
         if official is None and not own:
             raise common.UserError(f"{options.rescore}: predictions without references, task and category; name the official "

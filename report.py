@@ -146,15 +146,22 @@ def paper_results() -> dict:
     return common.read_yaml(path, "restore it from the repository")
 
 
-def category_table(results: dict) -> str:
-    """One line a category, one column a row of the main table, for every setting; heuristics are left out."""
+def by_category(results: dict, demos) -> tuple[list[dict], str, list[str]]:
+    """(rows of one setting, their metric, their categories), without the teachers': those are over other tasks.
+
+    Where there is no other row, the teachers'.
+    """
     metric = "exact_match" if results["bench"] == "sample" else "rouge_l"
+    rows = [r for r in results["results"] if r["demos"] == demos]
+    rows = [r for r in rows if not r["row"].startswith("LoRA teachers")] or rows
+    return rows, metric, sorted({c for r in rows for c in r["by_category"][metric]})
+
+
+def category_table(results: dict) -> str:
+    """One line a category, one column a row of the main table, for every setting."""
     lines = []
     for demos in dict.fromkeys(r["demos"] for r in results["results"]):
-        rows = [r for r in results["results"] if r["demos"] == demos]
-        trained = [r for r in rows if r["row"].startswith("LoRA teachers")]         # over other tasks, so other categories
-        rows = [r for r in rows if r not in trained] or rows
-        categories = sorted({c for r in rows for c in r["by_category"][metric]})
+        rows, metric, categories = by_category(results, demos)
         lines += [f"\n**{SETTINGS.get(demos, 'all')}** by category, {TITLES[metric]}, {coverage(results)}\n",
                   "| | " + " | ".join(r["row"] for r in rows) + " |", "|---|" + "--:|" * len(rows)]
         for category in categories:
@@ -170,10 +177,8 @@ def category_chart(results: dict, path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    metric = "exact_match" if results["bench"] == "sample" else "rouge_l"
     first = results["results"][0]["demos"]
-    rows = [r for r in results["results"] if r["demos"] == first and not r["row"].startswith("LoRA teachers")]
-    categories = sorted({c for r in rows for c in r["by_category"][metric]})
+    rows, metric, categories = by_category(results, first)
     figure = Figure(figsize=(8, 1 + 0.12 * len(categories) * len(rows)), layout="constrained")
     axes, height = figure.subplots(), 0.8 / len(rows)
     for n, r in enumerate(rows):

@@ -9,6 +9,7 @@ One template of templates/super_glue/copa/templates.yaml (https://github.com/big
         {% else %} so... {% endif %} - {{choice1}} - {{choice2}} ||| {% if label != -1 %}{{ answer_choices[label] }}{%endif%}"
       metadata: !TemplateMetadata {original_task: true, metrics: [Accuracy]}
 """
+import contextlib
 import functools
 import glob
 import os
@@ -89,8 +90,15 @@ class Template:
             return None
         return parts[0], parts[1], [choice.replace(PIPES, "|||") for choice in choices or []]
 
+    @contextlib.contextmanager
     def _blamed(self, number=None):
-        return _Blame(f"{self.dataset}, template '{self.name}'" + (f", row {number}" if number is not None else ""))
+        """Within: whatever the template does wrong becomes one line that says which, and for which row."""
+        try:
+            yield
+        except Exception as error:
+            where = f"{self.dataset}, template '{self.name}'" + (f", row {number}" if number is not None else "")
+            raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}; the row needs every field that "
+                            "the template names, in the data set's original form") from None
 
     @functools.cached_property
     def text(self) -> str:
@@ -130,21 +138,6 @@ class Template:
             return None if told & set(names) or _partly_shown(shown, own) or _random_fields(shown, own) else names
 
 
-class _Blame:
-    """Within: whatever a template does wrong becomes one line that says which."""
-
-    def __init__(self, where):
-        self.where = where
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception) and not isinstance(error, UserError):                  # whatever a template may do
-            raise UserError(f"{self.where}: {kind.__name__}: {' '.join(str(error).split())[:200]}; the row needs every field that "
-                            "the template names, in the data set's original form") from None
-
-
 NOT_FIELDS = {"answer_choices", "zip", "range", "loop", "dict", "cycler", "joiner", "namespace"}
 
 
@@ -160,7 +153,7 @@ class _Teller:
             case nodes.TemplateData():
                 return node.data
             case nodes.Name() if node.name in self.own:                     # a variable of the template's own
-                return _Teller.say(self, self.own[node.name])
+                return self.say(self.own[node.name])
             case nodes.Name():
                 return " / ".join(choices) if node.name == "answer_choices" and choices else node.name
             case nodes.Const():

@@ -174,6 +174,11 @@ def test_more_rows_are_added_to_those_that_are_there(project):
     assert [r["key"] for r in results(project.runs / "evaluate")["results"]] == ["tagi"] * 2 + ["copy_demo"] * 2
 
 
+def test_the_teachers_row_alone_has_its_tables_and_chart(project):
+    assert project.run("evaluate", "--split=validation", "--rows=teachers").count("| LoRA teachers") == 4
+    assert (project.runs / "evaluate/categories.png").exists()
+
+
 def test_heuristics_need_no_checkpoint_and_no_model(suite):
     shutil.rmtree(suite.runs)
     assert "copy the input" in suite.run("evaluate", "--bench=sni", "--data", suite.data, COPIES)

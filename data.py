@@ -1,4 +1,4 @@
-"""Tasks, texts and batches.
+"""Tasks and the texts that each model reads.
 
 One task file of Super-NaturalInstructions (v2.6, tasks/*.json), which the built-in suite follows too:
 
@@ -19,7 +19,6 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from common import UserError, named_file
@@ -348,52 +347,16 @@ def labels(tokenizer, texts: list[str], limit: int, device="cpu") -> torch.Tenso
     return ids.masked_fill(mask == 0, IGNORE)
 
 
-# ----------------------------------------------------------------------------------------------------------- batches
-# A batch is a pure function of (seed, step, number of the micro-batch among all ranks'): a resumed run needs no loader
-# state, and two ranks draw what one process would have drawn in two micro-batches.
-
 def batches(items: list, size: int) -> list[list]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-@dataclass
-class Draw:
-    """One task of a mixed-task batch: an instruction, and (input, output) pairs it is to be followed on."""
-    task: Task
-    definition: str
-    demonstrations: list[tuple[str, str]]
-    pairs: list[tuple[str, str]]
-    prompts: list[str]                         # what a teacher is asked instead of each pair's input; in SNI the same
+def unit_of(task: Task, unit: str) -> str:
+    """The name of the teacher that a task belongs to: its category's (the paper's choice), its own, or the only one."""
+    return {"category": task.category, "task": task.name, "all": "all"}[unit]
 
 
-def generator(*key: int) -> np.random.Generator:
-    return np.random.default_rng(list(key))
-
-
-def n_demonstrations(demos: str, seed: int, step: int) -> int:
-    """0 or 2. "mixed": two in every other step, on average; one choice for a step keeps padding low and ranks together."""
-    return 2 * (generator(seed, step, 0, 1).random() < 1 / 2) if demos == "mixed" else int(demos)
-
-
-def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, n_demos: int,
-               vary: bool = False) -> list[Draw]:
-    """n_tasks tasks, each with one of its wordings, n_instances instances and n_demos demonstrations.
-
-    vary: demonstrations are drawn from the task's instances; else they are its first positive examples, as in the tests.
-    """
-    picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks))
-    return [draw_task(tasks[t], rng, n_instances, n_demos, vary) for t in picks]
-
-
-def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: int, vary: bool = False) -> Draw:
-    definition = task.definitions[rng.integers(len(task.definitions))]
-    n = n_instances + n_demos * vary
-    rows = rng.choice(len(task.instances), n, replace=n > len(task.instances))
-    drawn = [task.instances[i] for i in rows]
-    pairs = [(x.input, x.outputs[rng.integers(len(x.outputs))]) for x in drawn]
-    demonstrations = pairs[n_instances:] if vary else task.demonstrations[:n_demos]
-    return Draw(task, definition, demonstrations, pairs[:n_instances], [x.prompt or x.input for x in drawn[:n_instances]])
-
+# ------------------------------------------------------------------------------------------------------------- files
 
 TYPES = {str: "text", list: "list of texts", int: "number"}
 
@@ -437,27 +400,3 @@ def read_documents(path: str) -> list[str]:
     if not documents:
         raise UserError(f"{path} has no document of three words or more; {remedy}")
     return documents
-
-
-def cut_documents(documents: list[str], tokenizer, n: int, parts: int, limit: int,
-                  rng: np.random.Generator) -> list[list[list[int]]]:
-    """n documents drawn at random; of each a window of at most `limit` tokens, in `parts` pieces, none empty.
-
-    All are cut at the same shares of their length, drawn once a batch: its pieces are then of like length, padding is low.
-    Token ids come without the end token.
-    """
-    shares, rows = np.sort(rng.random(parts - 1)), []
-    drawn = [documents[i] for i in rng.integers(len(documents), size=n)]
-    for ids in tokenizer(drawn, add_special_tokens=False)["input_ids"]:
-        start = int(rng.integers(max(len(ids) - limit, 0) + 1))
-        window = ids[start:start + limit]
-        cuts = [0]
-        for k, share in enumerate(shares, 1):
-            cuts.append(min(max(round(share * len(window)), cuts[-1] + 1), len(window) - parts + k))
-        rows.append([window[a:b] for a, b in zip(cuts, [*cuts[1:], len(window)])])
-    return rows
-
-
-def unit_of(task: Task, unit: str) -> str:
-    """The name of the teacher that a task belongs to: its category's (the paper's choice), its own, or the only one."""
-    return {"category": task.category, "task": task.name, "all": "all"}[unit]

@@ -153,10 +153,10 @@ class InstructionAttention(nn.Module):
     def keys_values(self, states):                                                          # (K, S, D), once per task
         return self.split(self.k(states)), self.split(self.v(states))
 
-    def forward(self, x, k, v, mask):                                                       # (N, T, D), ..., (N, S)
-        q = self.split(self.q(self.norm(x.to(self.norm.weight.dtype))))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])          # (N, H, T, d_kv)
-        return x + self.o(y.transpose(1, 2).flatten(2)).to(x.dtype)
+    def forward(self, x, k, v, mask):                                                       # (N, T, D), ..., (K, S)
+        q = self.q(self.norm(x.to(self.norm.weight.dtype))).reshape(len(k), -1, k.shape[1] * k.shape[-1])
+        y = F.scaled_dot_product_attention(self.split(q), k, v, attn_mask=mask[:, None, None])      # (K, H, N/K·T, d_kv)
+        return x + self.o(y.transpose(1, 2).flatten(2)).view(x.shape).to(x.dtype)
 
 
 class TAGI(nn.Module):
@@ -221,7 +221,7 @@ class TAGI(nn.Module):
 
     @contextlib.contextmanager
     def adapted(self, adapter: Adapter | None):
-        """Within: the LLM runs with this adapter, a row per instance or one for all. None: the frozen LLM."""
+        """Within: the LLM runs with this adapter, row k for the k-th of K equal blocks of instances. None: the frozen LLM."""
         if self.merged is not None and adapter is not self.merged:
             raise ValueError("another adapter is merged into the model; call unmerge first")
         weights = adapter.weights if adapter is not None and self.merged is None else None
@@ -289,19 +289,32 @@ class TAGI(nn.Module):
 
     def encode(self, input_ids, attention_mask):
         """Within `adapted`: encoder output of the instances, with I_x in front where the decoder is to see it."""
+        N = len(input_ids)
+        if self.active is not None and N % len(self.active):
+            raise ValueError(f"{N} inputs cannot be shared out among {len(self.active)} adapters; use adapters.select([...])")
         encoded = self.llm.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]          # (N, T, D)
         if self.active is not None and self.options.decoder_fusion:
-            N = len(encoded)
-            encoded = torch.cat([self.active.states.to(encoded.dtype).expand(N, -1, -1), encoded], 1)    # (N, S+T, D)
-            attention_mask = torch.cat([self.active.mask.expand(N, -1).to(attention_mask), attention_mask], 1)
+            states, its_mask = (x.repeat_interleave(N // len(x), 0) for x in (self.active.states, self.active.mask))
+            encoded = torch.cat([states.to(encoded.dtype), encoded], 1)                                  # (N, S+T, D)
+            attention_mask = torch.cat([its_mask.to(attention_mask), attention_mask], 1)
         return BaseModelOutput(last_hidden_state=encoded), attention_mask
 
     def forward(self, adapter, input_ids, attention_mask, labels):
-        """Logits of N instances at their target positions, (N, C, V). adapter: N rows, or one for all."""
+        """Logits of N instances for their targets, (N, C, V). adapter: K rows, row k for the k-th block of N / K instances."""
         with self.adapted(adapter):
             encoded, mask = self.encode(input_ids, attention_mask)
             return self.llm(encoder_outputs=encoded, attention_mask=mask, use_cache=False,
                             decoder_input_ids=self.llm.prepare_decoder_input_ids_from_labels(labels)).logits
+
+    def target_states(self, adapter, input_ids, attention_mask, labels):
+        """What the head reads at the M target positions of N instances, (M, D); `head` makes `forward`'s logits of it."""
+        with lora.headless(self.llm):
+            return self(adapter, input_ids, attention_mask, labels)[labels != data.IGNORE]
+
+    def head(self, adapter, states):
+        """(M, D) -> (M, V)."""
+        with self.adapted(adapter) as llm:
+            return llm.get_output_embeddings()(states)
 
     # ---------------------------------------------------------- for users
 

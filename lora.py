@@ -42,10 +42,11 @@ class LoRALinear(nn.Module):
         y = self.linear(x)                          # (N, T, D_out)
         if self.lora_A is None:
             return y
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        if A.dim() == 3:                            # row n of the weights serves example n, or the n-th block of examples
-            x = x.reshape(len(A), -1, x.shape[-1])  # (rows, T or more, D_in)
-        return y + self.scaling * (x @ A.mT @ B.mT).reshape(y.shape)       # one broadcast expression, shared or per example
+        # One expression, shared or per example: row k of the weights serves the k-th block of examples, (K, N/K·T, D_in).
+        A, B = (w.to(x.dtype).view(-1, *w.shape[-2:]) for w in (self.lora_A, self.lora_B))
+        update = torch.baddbmm(y.reshape(len(A), -1, y.shape[-1]), x.reshape(len(A), -1, x.shape[-1]) @ A.mT, B.mT,
+                               alpha=self.scaling)
+        return update.view(y.shape)
 
 
 def inject_lora(model: nn.Module, targets, r: int, alpha: float) -> dict[str, LoRALinear]:
@@ -151,6 +152,26 @@ def weights_of(model: nn.Module) -> Weights | None:
     """What `set_weights` put there."""
     weights = {name: (wrapper.lora_A, wrapper.lora_B) for name, wrapper in sites(model).items()}
     return None if any(A is None for A, _ in weights.values()) else weights
+
+
+def logits(model: nn.Module, input_ids, attention_mask, labels) -> torch.Tensor:
+    """An encoder-decoder's logits for its targets, (N, C, V), without the loss that `labels=` would make it compute too."""
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+                 decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)).logits
+
+
+@contextlib.contextmanager
+def headless(model: nn.Module):
+    """Within: the LLM returns in place of its logits (N, C, V) what its head would read of every position, (N, C, D).
+
+    The caller then runs the head, `model.get_output_embeddings()` again afterwards, only where it needs it.
+    """
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(nn.Identity())
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(head)
 
 
 def checkpoint_blocks(model: nn.Module, contexts=lambda: (contextlib.nullcontext(), contextlib.nullcontext())) -> None:

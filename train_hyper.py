@@ -13,16 +13,19 @@ Launch:
 Table 4's ablations are one flag each: --no-pretrained, --no-fusion, --lambda-ce 0, --lambda-kl 0, --lambda-ins 0,
 --no-hypernetwork.
 """
+import itertools
 import os
 import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import common
 import config
 import data
+import draw
 import lora
 from hypernet import TAGI
 from train_teacher import load_teachers
@@ -71,17 +74,39 @@ def number_or_sigmoid(text):
 
 # ----------------------------------------------------------------------------------------------------------- losses
 
-def kl_loss(student, teacher, labels, temperature=1.0, standardize=False):
-    """Eq. 5: KL(teacher ‖ student) summed over target positions, × T². student, teacher: (N, C, V); labels: (N, C).
+CHUNK = 256                        # target positions whose logits exist at a time; for T5's vocabulary 32 MB in float32
 
-    Positions whose label is IGNORE (padding) do not count; the teacher gets no gradient.
+
+def kl_loss(student, teacher, temperature=1.0, standardize=False):
+    """Eq. 5: KL(teacher ‖ student) summed over M target positions, × T². student, teacher: logits (M, V).
+
+    The teacher gets no gradient.
     """
-    keep = labels != data.IGNORE                                                    # (N, C)
-    student, teacher = student[keep].float(), teacher[keep].float().detach()        # (M, V), M kept positions
+    student, teacher = student.float(), teacher.float().detach()
     if standardize:
         student, teacher = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) for x in (student, teacher))
     log_s, log_t = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
     return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature ** 2
+
+
+def target_losses(student, teacher, targets, student_head, teacher_head, options, size=CHUNK):
+    """L_pred and L_kl, each summed over M target positions. student, teacher: what their heads read, (M, D); targets: (M,).
+
+    teacher None: L_kl is 0. Logits are made for `size` positions at a time, and once more in the backward pass: (M, V)
+    never is.
+    """
+    def of_chunk(student, teacher, targets):
+        logits = student_head(student).float()                                                  # (M', V)
+        ce = F.cross_entropy(logits, targets, reduction="sum")
+        if teacher is None:
+            return ce, torch.zeros_like(ce)
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher)
+        return ce, kl_loss(logits, teacher_logits, options.temperature, options.standardize_logits)
+
+    chunks = zip(student.split(size), itertools.repeat(None) if teacher is None else teacher.split(size), targets.split(size))
+    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return [sum(part) for part in zip(*parts)]
 
 
 def instruction_loss(weights, teacher, kind, lambda_ins):
@@ -92,39 +117,50 @@ def instruction_loss(weights, teacher, kind, lambda_ins):
 
 # ---------------------------------------------------------------------------------------------------------- batches
 
-def pretrain_batches(options, tagi):
+def pretrain_batches(options, tagi, n_micro):
     """Text cut at random into a | b | c: K instructions, K inputs, K targets."""
     documents = data.read_documents(options.text)
-    eos, pad = tagi.tokenizer.eos_token_id, tagi.tokenizer.pad_token_id
+    eos, pad, n = tagi.tokenizer.eos_token_id, tagi.tokenizer.pad_token_id, options.tasks * options.instances
+    deal = draw.by_length(lambda *at: draw.draw_documents(documents, draw.generator(options.seed, *at), n), options, n_micro)
 
     def get_batch(step, micro):
-        rng = data.generator(options.seed, step, micro)
-        cuts = data.cut_documents(documents, tagi.tokenizer, options.tasks * options.instances, 3, options.text_length, rng)
+        rng = draw.generator(options.seed, step, micro, 3)
+        cuts = draw.cut_documents(deal(step, micro), tagi.tokenizer, 3, options.text_length, rng)
         a, b, c = ([part + [eos] for part in parts] for parts in zip(*cuts))
         return {"instruction": data.pad(a, pad, options.device), "input": data.pad(b, pad, options.device),
-                "labels": data.pad(c, data.IGNORE, options.device)[0], "index": torch.arange(len(a), device=options.device)}
+                "labels": data.pad(c, data.IGNORE, options.device)[0], "index": None}
 
     return get_batch
 
 
-def finetune_batches(options, tagi):
-    """K tasks x M instances: what the hypernetwork reads (K, S), the student (K·M, T), the teacher (K·M, T')."""
+def finetune_batches(options, tagi, n_micro):
+    """K instructions, N instances: what the hypernetwork reads (K, S), the student (N, T), the teacher (N, T').
+
+    Where the same instruction is drawn twice it is there once. index: instance -> instruction, (N,); None where the
+    instances of each are a block of N / K.
+    """
     tasks = data.training_tasks(options)
     units = sorted({data.unit_of(task, options.unit) for task in tasks})
     tokenizer, device = tagi.tokenizer, options.device
 
+    def draws(step, micro):
+        rng, demos = draw.generator(options.seed, step, micro), draw.n_demonstrations(options.demos, options.seed, step)
+        return draw.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
+
+    deal = draw.by_length(draws, options, n_micro)
+
     def get_batch(step, micro):
-        rng = data.generator(options.seed, step, micro)
-        demos = data.n_demonstrations(options.demos, options.seed, step)
-        draws = data.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
-        pairs = [(draw, prompt, *pair) for draw in draws for prompt, pair in zip(draw.prompts, draw.pairs)]
+        drawn = deal(step, micro)
+        keys = [(units.index(data.unit_of(d.task, options.unit)), d.definition, tuple(d.demonstrations)) for d in drawn]
+        distinct = list(dict.fromkeys(keys))
+        index = torch.tensor([distinct.index(key) for key in keys], device=device).repeat_interleave(options.instances)
+        pairs = [(d, prompt, *pair) for d in drawn for prompt, pair in zip(d.prompts, d.pairs)]
         batch = {
-            "instruction": data.tokenize_instructed(tokenizer, [(d.definition, d.demonstrations) for d in draws],
-                                                    options.max_instruction, device),
+            "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in distinct], options.max_instruction, device),
             "input": data.tokenize(tokenizer, [data.instance_text(x) for _, _, x, _ in pairs], options.max_input, device),
             "labels": data.labels(tokenizer, [y for *_, y in pairs], options.max_output, device),
-            "index": torch.arange(len(draws), device=device).repeat_interleave(options.instances),      # instance -> task
-            "unit": torch.tensor([units.index(data.unit_of(d.task, options.unit)) for d in draws], device=device)}
+            "index": index if len(distinct) < len(drawn) else None,
+            "unit": torch.tensor([unit for unit, *_ in distinct], device=device)}
         if options.lambda_kl:
             batch["prompt"] = data.tokenize_instructed(tokenizer, [
                 (d.definition, d.demonstrations if options.teacher_demos else [], prompt) for d, prompt, _, _ in pairs],
@@ -171,9 +207,9 @@ def train(options, rank, world):
     # What the stage needs from earlier ones.
     teachers = teacher_llm = None
     if options.stage == "pretrain":
-        get_batch, lambda_ce, lambda_kl, align = pretrain_batches(options, tagi), 1.0, 0.0, False
+        get_batch, lambda_ce, lambda_kl, align = pretrain_batches(options, tagi, world * options.accumulate), 1.0, 0.0, False
     else:
-        get_batch, units = finetune_batches(options, tagi)
+        get_batch, units = finetune_batches(options, tagi, world * options.accumulate)
         lambda_ce, lambda_kl = options.lambda_ce, options.lambda_kl
         align = options.hypernetwork and options.alignment != "none" and options.lambda_ins != 0
         if align or (lambda_kl and options.kl_teacher == "lora"):
@@ -202,21 +238,22 @@ def train(options, rank, world):
 
         for batch in batches:
             labels, index = batch["labels"], batch["index"]
-            teacher_logits = None
+            teacher = teacher_head = None
             if lambda_kl:                                                   # the teacher reads a and b (Eq. 5)
                 with torch.no_grad():
-                    teacher_logits = run_teacher(tagi, teacher_llm, kl_teachers, batch)         # (N, C, V)
+                    teacher, teacher_head = run_teacher(tagi, teacher_llm, kl_teachers, batch)  # (M, D)
             ids, mask = batch["instruction"]
             first, last = tagi.encode_instruction(ids, mask)                                    # (K, S, D)
-            adapter = tagi.generate_adapter(first, last, mask)                                  # once per task
-            logits = tagi(adapter.select(index), *batch["input"], labels)                       # the student reads b
-            ce = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / n_tokens
-            loss = lambda_ce * ce
-            terms["ce"] += ce.detach()
+            adapter = tagi.generate_adapter(first, last, mask)                                  # once per instruction
+            rows = adapter if index is None else adapter.select(index)
+            student = tagi.target_states(rows, *batch["input"], labels)                         # (M, D), it reads b
+            ce, kl = target_losses(student, teacher, labels[labels != data.IGNORE], lambda x: tagi.head(rows, x),
+                                   teacher_head, options)
+            loss = lambda_ce * ce / n_tokens
+            terms["ce"] += ce.detach() / n_tokens
             if lambda_kl:
-                kl = kl_loss(logits, teacher_logits, labels, options.temperature, options.standardize_logits) / n_tokens
-                loss = loss + lambda_kl * kl
-                terms["kl"] += kl.detach()
+                loss = loss + lambda_kl * kl / n_tokens
+                terms["kl"] += kl.detach() / n_tokens
             if align:
                 weighted, ins = instruction_loss(adapter.weights, lora.select(teachers, batch["unit"]), options.alignment,
                                                  options.lambda_ins)
@@ -241,15 +278,21 @@ def train(options, rank, world):
 
 
 def run_teacher(tagi, teacher_llm, teachers, batch):
-    """Logits at the target positions of the model that reads instruction and input, (N, C, V)."""
+    """The model that reads instruction and input: what its head reads at the M target positions, (M, D), and the head."""
     ids, mask = batch["prompt"]
-    if teacher_llm is not None:
-        with tagi.autocast():
-            return teacher_llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
     with tagi.adapted(None) as llm:                                         # the same LLM, none of the student's parts
         if teachers is not None:
-            lora.set_weights(llm, lora.select(teachers, batch["unit"][batch["index"]]))
-        return llm(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
+            lora.set_weights(llm, lora.select(teachers, batch["unit"] if batch["index"] is None else
+                                              batch["unit"][batch["index"]]))
+        llm = llm if teacher_llm is None else teacher_llm
+        with lora.headless(llm):
+            states = lora.logits(llm, ids, mask, batch["labels"])[batch["labels"] != data.IGNORE]
+        head = llm.get_output_embeddings()
+
+    def run_head(states):
+        with tagi.adapted(None):
+            return head(states)
+    return states, run_head
 
 
 def load_kl_teacher(options, llm_path, tagi):

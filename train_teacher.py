@@ -24,6 +24,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 import common
 import config
 import data
+import draw
 import lora
 
 
@@ -84,7 +85,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
         lora.checkpoint_blocks(llm)
     parameters = dict(llm.named_parameters())
     optimizer = common.make_optimizer(parameters, options)
-    start, cache = common.resume(folder, options, parameters, optimizer), not options.checkpointing
+    start = common.resume(folder, options, parameters, optimizer)
     common.begin(folder, options, rank)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
@@ -101,7 +102,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
         total = 0.0
         for ids, mask, labels in batches:
             with autocast:
-                logits = llm(input_ids=ids, attention_mask=mask, labels=labels, use_cache=cache).logits   # (N, C, V)
+                logits = lora.logits(llm, ids, mask, labels)                                       # (N, C, V)
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / n_tokens
             loss.backward()
             total += loss.detach()
@@ -126,11 +127,13 @@ def train_base(options, rank, world):
     """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
     tokenizer = load_tokenizer(os.path.join(options.data, "tokenizer"))
     documents = data.read_documents(options.text)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos, pad, n = tokenizer.eos_token_id, tokenizer.pad_token_id, options.tasks * options.instances
+    deal = draw.by_length(lambda *at: draw.draw_documents(documents, draw.generator(options.seed, *at), n), options,
+                          world * options.accumulate)
 
     def get_batch(step, micro):
-        rng = data.generator(options.seed, step, micro)
-        rows = data.cut_documents(documents, tokenizer, options.tasks * options.instances, 2, options.text_length, rng)
+        rng = draw.generator(options.seed, step, micro, 3)
+        rows = draw.cut_documents(deal(step, micro), tokenizer, 2, options.text_length, rng)
         ids, mask = data.pad([a + [eos] for a, _ in rows], pad, options.device)
         labels, _ = data.pad([b + [eos] for _, b in rows], data.IGNORE, options.device)
         return ids, mask, labels
@@ -151,18 +154,23 @@ def train_meta(options, rank, world):
     tasks = data.training_tasks(options)
     easy = [dataclasses.replace(t, definitions=t.definitions[:1]) for t in tasks
             if all(len(output.split()) <= 2 for x in t.instances for output in x.outputs)] or tasks
+    n_easy = options.easy_first * options.steps
+
+    def draws(step, micro):
+        rng = draw.generator(options.seed, step, micro)
+        early = step < options.demos_after * options.steps
+        demos = 0 if early else draw.n_demonstrations(options.demos, options.seed, step)
+        return draw.draw_tasks(easy if step < n_easy else tasks, rng, options.tasks, options.instances, demos,
+                               options.vary_demos)
+
+    deal = draw.by_length(draws, options, world * options.accumulate)
 
     def get_batch(step, micro):
-        rng = data.generator(options.seed, step, micro)
-        first = step < options.easy_first * options.steps
-        early = step < options.demos_after * options.steps
-        demos = 0 if early else data.n_demonstrations(options.demos, options.seed, step)
-        items, targets = [], []
-        for draw in data.draw_tasks(easy if first else tasks, rng, options.tasks, options.instances, demos,
-                                    options.vary_demos):
-            for text, (_, target) in zip(draw.prompts, draw.pairs):
-                dropped = not first and rng.random() < options.drop_instruction
-                items.append(("", [], text) if dropped else (draw.definition, draw.demonstrations, text))
+        rng, items, targets = draw.generator(options.seed, step, micro, 3), [], []
+        for d in deal(step, micro):
+            for text, (_, target) in zip(d.prompts, d.pairs):
+                dropped = step >= n_easy and rng.random() < options.drop_instruction
+                items.append(("", [], text) if dropped else (d.definition, d.demonstrations, text))
                 targets.append(target)
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
         return ids, mask, data.labels(tokenizer, targets, options.max_output, options.device)
@@ -206,37 +214,37 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
     parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
     optimizer = common.make_optimizer(parameters, options)
     log = common.Log(folder, options, 0, rank, summed=False)                # every rank has teachers of its own
-    cache = not options.checkpointing                                       # a block that runs again would add to it again
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
+    def draws_of(unit):
+        def draws(step, micro):                                             # the same alone or in a group
+            rng = draw.generator(options.seed, step, numbers[unit] + len(units) * micro)
+            demos = draw.n_demonstrations(options.demos, options.seed, step)
+            return draw.draw_tasks(units[unit], rng, options.tasks, options.instances, demos, options.vary_demos)
+        return draw.by_length(draws, options, options.accumulate)
+
+    deals = [draws_of(unit) for unit in group]
+
     def get_batch(step, micro):
-        items, targets, owner = [], [], []
-        demos = data.n_demonstrations(options.demos, options.seed, step)
-        for u, unit in enumerate(group):
-            rng = data.generator(options.seed, step, numbers[unit] + len(units) * micro)   # the same alone or in a group
-            for draw in data.draw_tasks(units[unit], rng, options.tasks, options.instances, demos, options.vary_demos):
-                items += [(draw.definition, draw.demonstrations, text) for text in draw.prompts]
-                targets += [target for _, target in draw.pairs]
-                owner += [u] * len(draw.pairs)
+        """Inputs and labels of U·n examples, n for each teacher, those of a teacher next to each other."""
+        draws = [d for deal in deals for d in deal(step, micro)]
+        items = [(d.definition, d.demonstrations, text) for d in draws for text in d.prompts]
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
-        labels = data.labels(tokenizer, targets, options.max_output, options.device)
-        return ids, mask, labels, torch.tensor(owner, device=options.device)                   # (N,)
+        return ids, mask, data.labels(tokenizer, [y for d in draws for _, y in d.pairs], options.max_output, options.device)
 
     for step in range(options.steps):
         lr = common.learning_rate(options, step)
         for g in optimizer.param_groups:
             g["lr"] = lr
         batches = [get_batch(step, micro) for micro in range(options.accumulate)]
-        n_tokens = torch.zeros(len(group), device=options.device)                              # (U,)
-        for _, _, labels, owner in batches:
-            n_tokens.index_add_(0, owner, (labels != data.IGNORE).sum(1).float())
+        n_tokens = sum((labels != data.IGNORE).view(len(group), -1).sum(1) for _, _, labels in batches)        # (U,)
         total = 0.0
-        for ids, mask, labels, owner in batches:
+        for ids, mask, labels in batches:
             with autocast:
-                lora.set_weights(llm, lora.select(weights, owner))
-                logits = llm(input_ids=ids, attention_mask=mask, labels=labels, use_cache=cache).logits   # (N, C, V)
-            losses = F.cross_entropy(logits.float().mT, labels, reduction="none").sum(1)       # (N,)
-            loss = (losses / n_tokens[owner]).sum()
+                lora.set_weights(llm, weights)
+                logits = lora.logits(llm, ids, mask, labels)                                       # (N, C, V)
+            losses = F.cross_entropy(logits.float().mT, labels, reduction="none").view(len(group), -1).sum(1)  # (U,)
+            loss = (losses / n_tokens).sum()
             loss.backward()
             total += loss.detach()
         optimizer.step()

@@ -147,9 +147,25 @@ def test_one_adapter_for_all_equals_a_row_per_instance(kind, exact):
     assert tagi.generate(INPUTS, one, max_new_tokens=6) == tagi.generate(INPUTS, one.select([0] * 4), max_new_tokens=6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_for_a_block_of_instances_is_a_row_for_each_of_them(kind, exact):
+    """Two instructions, four instances: the same logits, and the same gradients, as with a copy of its row per instance."""
+    found = []
+    for copies in (False, True):
+        tagi = make_random_tagi(kind)
+        adapter, *_ = adapter_of(tagi, INSTRUCTIONS[:2])
+        logits = tagi(adapter.select([0, 0, 1, 1]) if copies else adapter, *tokens(tagi))
+        logits.square().mean().backward()
+        found.append((logits, *(p.grad for p in tagi.trainable().values())))
+    for block, each in zip(*found, strict=True):
+        close(block, each)
+
+
 def test_wrong_number_of_adapters_and_empty_inputs_are_refused():
     """Neither is broadcast or answered silently."""
     tagi, _ = make_tagi()
+    with pytest.raises(ValueError, match="4 inputs cannot be shared out among 3 adapters"):
+        tagi(tagi.adapt(INSTRUCTIONS[:3]), *tokens(tagi))
     with pytest.raises(ValueError, match="2 adapters for 3 inputs"):
         tagi.generate(INPUTS[:3], tagi.adapt(INSTRUCTIONS[:2]))
     with pytest.raises(common.UserError, match="input 2 is empty"):

@@ -160,7 +160,7 @@ def test_merge_equals_unmerged_and_unmerge_restores_every_bit(dtype):
     unmerged = logits(llm)
     lora.merge(llm, weights)
     merged = logits(llm)
-    tolerance = {torch.float64: 1e-5, torch.bfloat16: 0.2}[dtype]
+    tolerance = {torch.float64: 1e-5, torch.bfloat16: 0.3}[dtype]
     assert (merged - unmerged).abs().max() < tolerance < 0.5 * (merged - plain).abs().max()
     assert all(not torch.equal(w.weight, before[f"{site}.linear.weight"]) for site, w in lora.sites(llm).items())
     lora.unmerge(llm)

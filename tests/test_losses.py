@@ -1,4 +1,5 @@
 """The losses, Table 4's switches, and one step of train_hyper.py against the same step written out by hand."""
+import argparse
 import contextlib
 import json
 from unittest import mock
@@ -15,21 +16,19 @@ import hypernet
 import lora
 import train_hyper
 import train_teacher
-from conftest import (ALL, INSTRUCTIONS, close, lengthen, make_llm, make_random_tagi, make_tagi, make_tokenizer, randomize,
+from conftest import (ALL, INSTRUCTIONS, close, make_llm, make_random_tagi, make_tagi, make_tokenizer, randomize,
                       student_options, tokens)
 from hypernet import TAGI
-from train_hyper import instruction_loss, kl_loss
+from train_hyper import instruction_loss, kl_loss, target_losses
 
 GROUPS = {"generator", "fusion", "norm_gains", "embedding_delta"}
 
 
 @pytest.fixture
 def pair():
-    """(student, teacher, labels): logits (2, 4, 7) and labels of which three do not count."""
+    """(student, teacher): logits (5, 7)."""
     torch.manual_seed(0)
-    labels = torch.randint(0, 7, (2, 4))
-    labels[0, 3], labels[1, 2:] = data.IGNORE, data.IGNORE
-    return *(2 * torch.randn(2, 4, 7, dtype=torch.float64) for _ in range(2)), labels
+    return tuple(2 * torch.randn(5, 7, dtype=torch.float64) for _ in range(2))
 
 
 # --------------------------------------------------------------------------------------------------------- L_kl, Eq. 5
@@ -37,58 +36,82 @@ def pair():
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_kl_is_zero_of_a_model_with_itself_and_positive_of_different_ones(pair, temperature, standardize):
-    """Every position that counts adds something positive where the models differ, nothing where they agree."""
-    student, teacher, labels = pair
-    close(kl_loss(teacher, teacher, labels, temperature, standardize).double(), torch.zeros((), dtype=torch.float64), 1e-6)
-    for n, c in (labels != data.IGNORE).nonzero():
+    """Every position adds something positive where the models differ, nothing where they agree."""
+    student, teacher = pair
+    close(kl_loss(teacher, teacher, temperature, standardize).double(), torch.zeros((), dtype=torch.float64), 1e-6)
+    for m in range(5):
         one = teacher.clone()
-        one[n, c] = student[n, c]
-        assert kl_loss(one, teacher, labels, temperature, standardize) > 1e-3
+        one[m] = student[m]
+        assert kl_loss(one, teacher, temperature, standardize) > 1e-3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_kl_is_that_of_torch_distributions_teacher_first(pair, temperature, exact):
-    """Σ over label positions of KL(teacher ‖ student) at the temperature, × T²."""
-    student, teacher, labels = pair
+    """Σ over positions of KL(teacher ‖ student) at the temperature, × T²."""
+    student, teacher = pair
     p, q = (torch.distributions.Categorical(logits=x / temperature) for x in (teacher, student))
-    expected = torch.distributions.kl_divergence(p, q)[labels != data.IGNORE].sum() * temperature ** 2
-    close(kl_loss(student, teacher, labels, temperature), expected)
-    assert not torch.isclose(kl_loss(teacher, student, labels, temperature), expected, rtol=0.01)
-
-
-def test_kl_has_gradient_to_the_student_at_counted_positions_only(pair):
-    """None to the teacher, none where the label is padding; what stands there does not matter."""
-    student, teacher, labels = (x.clone() for x in pair)
-    student.requires_grad_(), teacher.requires_grad_()
-    loss = kl_loss(student, teacher, labels)
-    loss.backward()
-    assert teacher.grad is None
-    assert torch.equal(student.grad.abs().sum(-1) > 0, labels != data.IGNORE)
-    with torch.no_grad():
-        student[labels == data.IGNORE], teacher[labels == data.IGNORE] = 9, torch.inf
-    assert torch.equal(kl_loss(student, teacher, labels), loss)
-    long = kl_loss(lengthen(student.transpose(1, 2), 5).transpose(1, 2), lengthen(teacher.transpose(1, 2), 7).transpose(1, 2),
-                   lengthen(labels, data.IGNORE))
-    assert torch.equal(long, loss)
+    expected = torch.distributions.kl_divergence(p, q).sum() * temperature ** 2
+    close(kl_loss(student, teacher, temperature), expected)
+    assert not torch.isclose(kl_loss(teacher, student, temperature), expected, rtol=0.01)
 
 
 def test_standardized_kl_ignores_shift_and_scale_of_logits(pair, exact):
     """z-scored logits: only their shape counts; without it shift is still free and scale is not."""
-    student, teacher, labels = pair
+    student, teacher = pair
     moved = 3 * student + 5
-    loss = kl_loss(student, teacher, labels, 2.0, True)
-    close(kl_loss(moved, teacher, labels, 2.0, True), loss, 1e-4)
-    close(kl_loss(student, 0.5 * teacher - 1, labels, 2.0, True), loss, 1e-4)
-    close(kl_loss(student + 5, teacher, labels), kl_loss(student, teacher, labels))
-    assert not torch.isclose(kl_loss(moved, teacher, labels), kl_loss(student, teacher, labels), rtol=0.01)
+    loss = kl_loss(student, teacher, 2.0, True)
+    close(kl_loss(moved, teacher, 2.0, True), loss, 1e-4)
+    close(kl_loss(student, 0.5 * teacher - 1, 2.0, True), loss, 1e-4)
+    close(kl_loss(student + 5, teacher), kl_loss(student, teacher))
+    assert not torch.isclose(kl_loss(moved, teacher), kl_loss(student, teacher), rtol=0.01)
 
 
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_gradcheck_of_kl(pair, temperature, standardize, exact):
     """The gradient to the student's logits agrees with finite differences in float64."""
-    student, teacher, labels = pair
-    assert torch.autograd.gradcheck(lambda s: kl_loss(s, teacher, labels, temperature, standardize), student.requires_grad_())
+    student, teacher = pair
+    assert torch.autograd.gradcheck(lambda s: kl_loss(s, teacher, temperature, standardize), student.requires_grad_())
+
+
+# ------------------------------------------------------------------------------------- both losses at target positions
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunked_losses_are_those_of_all_logits_and_keep_none_of_them(tied, exact):
+    """Values and gradients for every chunk size; no tensor as wide as the vocabulary waits for the backward pass."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(11, 6, dtype=torch.float64) for _ in range(2))
+    W = torch.randn(6, 50, dtype=torch.float64)
+    targets, student_head = torch.randint(0, 50, (11,)), W.clone().requires_grad_(tied)
+    options = argparse.Namespace(temperature=2.0, standardize_logits=True)
+    student.requires_grad_()
+    logits, teacher_logits = student @ student_head, teacher @ W
+    expected = F.cross_entropy(logits, targets, reduction="sum"), kl_loss(logits, teacher_logits, 2.0, True)
+    inputs = [student, student_head] if tied else [student]
+    gradient = torch.autograd.grad(expected[0] + 5 * expected[1], inputs)
+    for size in (1, 3, 11, 100):
+        widths = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (widths.append(x.shape), x)[1], lambda x: x):
+            ce, kl = target_losses(student, teacher, targets, lambda x: x @ student_head, lambda x: x @ W, options, size)
+        close(ce, expected[0]), close(kl, expected[1])
+        for a, b in zip(torch.autograd.grad(ce + 5 * kl, inputs), gradient):
+            close(a, b)
+        assert not any(50 in shape and shape != W.shape for shape in widths)
+    ce, kl = target_losses(student, None, targets, lambda x: x @ student_head, None, options, 4)
+    close(ce, expected[0])
+    assert kl == 0
+
+
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1", "mt5"])
+def test_head_reads_the_target_positions_of_the_logits(kind, exact):
+    """target_states and head: `forward`'s logits where a label counts, with the head's own scale and the student's embeddings."""
+    tagi = make_random_tagi(kind, *ALL)
+    ids, mask, labels = tokens(tagi)
+    labels[0, -1] = data.IGNORE
+    adapter = tagi.adapt(INSTRUCTIONS)
+    logits = tagi(adapter, ids, mask, labels)
+    close(tagi.head(adapter, tagi.target_states(adapter, ids, mask, labels)), logits[labels != data.IGNORE], 1e-9)
+    assert tagi.llm.get_output_embeddings()(logits.new_zeros(1, tagi.llm.config.d_model)).shape[-1] == logits.shape[-1]
 
 
 # -------------------------------------------------------------------------------------------------------- L_ins, Eq. 6
@@ -155,7 +178,9 @@ def test_gradcheck_of_all_three_losses_through_the_whole_model(generator, exact)
     names, parameters = zip(*tagi.trainable().items())
     torch.manual_seed(0)
     teacher = {s: (torch.randn_like(A), torch.randn_like(B)) for s, (A, B) in tagi.adapt(INSTRUCTIONS).weights.items()}
-    teacher_logits = torch.randn(*labels.shape, 60, dtype=torch.float64)
+    keep = labels != data.IGNORE
+    teacher_logits = torch.randn(keep.sum(), 60, dtype=torch.float64)
+    options = argparse.Namespace(temperature=1.0, standardize_logits=False)
 
     class Losses(nn.Module):
         def __init__(self):
@@ -164,9 +189,8 @@ def test_gradcheck_of_all_three_losses_through_the_whole_model(generator, exact)
 
         def forward(self):
             adapter = tagi.generate_adapter(*tagi.encode_instruction(a, a_mask), a_mask)
-            logits = tagi(adapter, ids, mask, labels)
-            return (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"),
-                    kl_loss(logits, teacher_logits, labels),
+            states = tagi.target_states(adapter, ids, mask, labels)
+            return (*target_losses(states, teacher_logits, labels[keep], lambda x: tagi.head(adapter, x), lambda x: x, options, 4),
                     *(instruction_loss(adapter.weights, teacher, kind, 0.5)[0].sum() for kind in ("factors", "product")))
 
     losses = Losses()
@@ -339,7 +363,7 @@ def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
     llm, tokenizer = common.load_llm(f"{options.runs}/meta")
     tagi = TAGI(llm, tokenizer, options)
     common.load_weights(tagi.trainable(), f"{options.runs}/pretrain")
-    get_batch, units = train_hyper.finetune_batches(options, tagi)
+    get_batch, units = train_hyper.finetune_batches(options, tagi, 1)
     batch = get_batch(0, 0)
     K, labels = len(batch["unit"]), batch["labels"]
     assert sorted(batch["unit"].tolist()) == [0, 1, 2] and len(labels) == 6
@@ -350,14 +374,14 @@ def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
     teachers = train_teacher.load_teachers(f"{options.runs}/lora", units, plain, options, "")
     teacher_logits = []
     for n in range(6):
-        lora.merge(plain, lora.select(teachers, batch["unit"][batch["index"][n]].item()))
+        lora.merge(plain, lora.select(teachers, batch["unit"][n // 2].item()))
         ids, mask = (x[n:n + 1] for x in batch["prompt"])
         teacher_logits.append(plain(input_ids=ids, attention_mask=mask, labels=labels[n:n + 1]).logits)
         lora.unmerge(plain)
 
     ids, mask = batch["instruction"]
     adapter = tagi.generate_adapter(*tagi.encode_instruction(ids, mask), mask)
-    logits = tagi(adapter.select(batch["index"]), *batch["input"], labels)
+    logits = tagi(adapter.select([n // 2 for n in range(6)]), *batch["input"], labels)
     keep = labels != data.IGNORE
     p, q = (torch.distributions.Categorical(logits=x[keep]) for x in (torch.cat(teacher_logits), logits))
     kl = torch.distributions.kl_divergence(p, q).mean()
@@ -414,32 +438,63 @@ def test_a_step_over_two_micro_batches_is_the_mean_over_their_tokens_and_tasks(s
     flags = ("--tasks=2", "--instances=1", "--seed=5")
     options = student_options(*runs, *flags)
     llm, tokenizer = common.load_llm(f"{options.runs}/meta")
-    get_batch, units = train_hyper.finetune_batches(options, TAGI(llm, tokenizer, options))
+    get_batch, units = train_hyper.finetune_batches(options, TAGI(llm, tokenizer, options), 2)
     batches = [get_batch(0, micro) for micro in range(2)]
     a, b = ((batch["labels"] != data.IGNORE).sum().item() for batch in batches)
     assert a != b
-    with mock.patch.object(train_hyper, "finetune_batches", lambda *args: (lambda step, micro: batches[1], units)):
-        second = [step(*flags, *own, "--log-every=1") for own in (CE, KL)]      # a flag without effect: not in `made` yet
-        second_ins = step(*flags, "--lambda-kl=0", "--log-every=1")
-    for own, alone in zip((CE, KL), second):
-        same(step(*flags, *own, "--accumulate=2"), combine((a / (a + b), step(*flags, *own)), (b / (a + b), alone)))
-    ins = combine((1, step(*flags, "--lambda-kl=0")), (-1, step(*flags, *CE)), (1, second_ins), (-1, second[0]))
+    alone = []
+    for batch in batches:
+        with mock.patch.object(train_hyper, "finetune_batches", lambda *args: (lambda step, micro: batch, units)):
+            for own in (CE, KL, ("--lambda-kl=0",)):
+                with one_step() as seen:
+                    train_hyper.train(student_options(*runs, *flags, *own), 0, 1)
+                alone.append(seen)
+    first_ce, first_kl, first_ins, second_ce, second_kl, second_ins = alone
+    for own, first, second in ((CE, first_ce, second_ce), (KL, first_kl, second_kl)):
+        same(step(*flags, *own, "--accumulate=2"), combine((a / (a + b), first), (b / (a + b), second)))
+    n = [len(batch["unit"]) for batch in batches]
+    share = n[0] / sum(n)
+    ins = combine((share, first_ins), (-share, first_ce), (1 - share, second_ins), (share - 1, second_ce))
     both = combine((1, step(*flags, "--lambda-kl=0", "--accumulate=2")), (-1, step(*flags, *CE, "--accumulate=2")))
-    same(both, combine((0.5, ins)))
+    same(both, ins)
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_an_instruction_drawn_twice_is_read_once(step, runs, instances):
+    """Five draws of three tasks: three distinct instructions; the gradient is that of five, but for L_ins over three tasks."""
+    flags = ("--tasks=5", f"--instances={instances}", "--lambda-ins=0")
+    options = student_options(*runs, *flags)
+    tagi = make_tagi("v1.1", *runs)[0]
+    get_batch, units = train_hyper.finetune_batches(options, tagi, 1)
+    batch = get_batch(0, 0)
+    K = len(batch["unit"])
+    assert K == len(batch["instruction"][0]) < 5 and len(batch["index"]) == 5 * instances == len(batch["labels"])
+    index, rows = batch["index"], range(5 * instances)
+    repeated = batch | {"instruction": [x[index] for x in batch["instruction"]], "unit": batch["unit"][index], "index": None}
+    assert len({tuple(row) for row in repeated["instruction"][0].tolist()}) == K and len(rows) == len(repeated["unit"])
+    with mock.patch.object(train_hyper, "finetune_batches", lambda *args: (lambda step, micro: repeated, units)), \
+            one_step() as expected:
+        train_hyper.train(options, 0, 1)
+    same(step(*flags), expected)
 
 
 def test_the_teacher_runs_without_any_of_the_students_parts(runs):
     """run_teacher reads the prompt with the frozen LLM, plain or with each instance's LoRA teacher, and resets it."""
     tagi, plain = make_tagi("v1.1", *runs)
     randomize(tagi)
-    batch = train_hyper.finetune_batches(tagi.options, tagi)[0](0, 0)
+    batch = train_hyper.finetune_batches(tagi.options, tagi, 1)[0](0, 0)
     ids, mask = batch["prompt"]
     with torch.no_grad():
-        expected = plain(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits
-        assert torch.equal(train_hyper.run_teacher(tagi, None, None, batch), expected)
+        expected = plain(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits[batch["labels"] != data.IGNORE]
+
+        def teacher_logits(teachers):
+            states, head = train_hyper.run_teacher(tagi, None, teachers, batch)
+            return head(states)
+
+        torch.testing.assert_close(teacher_logits(None), expected)
         teachers = lora.init_weights(tagi.llm, 2, 0, 3)
-        assert torch.equal(train_hyper.run_teacher(tagi, None, teachers, batch), expected)                 # B = 0
+        torch.testing.assert_close(teacher_logits(teachers), expected)                                     # B = 0
         teachers = {s: (A, torch.randn_like(B)) for s, (A, B) in teachers.items()}
-        assert not torch.allclose(train_hyper.run_teacher(tagi, None, teachers, batch), expected, atol=0.1)
+        assert not torch.allclose(teacher_logits(teachers), expected, atol=0.1)
         assert torch.equal(tagi(None, *batch["input"], batch["labels"]),
                            plain(input_ids=batch["input"][0], attention_mask=batch["input"][1], labels=batch["labels"]).logits)

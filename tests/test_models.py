@@ -12,6 +12,7 @@ import torch
 import bench
 import common
 import data
+import draw
 import evaluate
 import lora
 import report
@@ -224,20 +225,44 @@ def test_texts_are_padded_right_and_labels_ignore_padding():
 
 def test_draws_are_a_pure_function_of_their_key(tasks):
     """The same (seed, step, micro-batch) draws the same, another one something else; pairs are the task's own."""
-    def draw(*key, n=2, instances=3, demos="mixed"):
-        n_demos = data.n_demonstrations(demos, *key[:2])
-        return data.draw_tasks(tasks, data.generator(*key), n, instances, n_demos)
+    def drawn(*key, n=2, instances=3, demos="mixed"):
+        n_demos = draw.n_demonstrations(demos, *key[:2])
+        return draw.draw_tasks(tasks, draw.generator(*key), n, instances, n_demos)
 
-    assert draw(0, 1, 2) == draw(0, 1, 2)
-    assert len({str(draw(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1)]}) == 5
+    assert drawn(0, 1, 2) == drawn(0, 1, 2)
+    assert len({str(drawn(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1)]}) == 5
     for step in range(20):
-        for d in draw(0, step, 0):
+        for d in drawn(0, step, 0):
             assert d.definition in d.task.definitions and len(set(d.pairs)) > 1
             assert set(d.pairs) <= {(i.input, i.outputs[0]) for i in d.task.instances}
-    assert len({d.task.name for d in draw(0, 0, 0, n=3, demos="0")}) == 3                 # without replacement while it lasts
-    assert len(draw(0, 0, 0, n=5, demos="2")) == 5 and len(draw(0, 0, 0, instances=9)[0].pairs) == 9
-    counts = [{len(d.demonstrations) for d in draw(0, s, 0)} for s in range(100)]
+    assert len({d.task.name for d in drawn(0, 0, 0, n=3, demos="0")}) == 3                 # without replacement while it lasts
+    assert len(drawn(0, 0, 0, n=5, demos="2")) == 5 and len(drawn(0, 0, 0, instances=9)[0].pairs) == 9
+    counts = [{len(d.demonstrations) for d in drawn(0, s, 0)} for s in range(100)]
     assert all(len(c) == 1 for c in counts) and 20 < sum(c == {2} for c in counts) < 80
+
+
+@pytest.mark.parametrize("window, n_micro", [(1, 1), (1, 3), (4, 2)])
+def test_length_buckets_hold_every_item_once_with_little_padding(window, n_micro):
+    """A step of a window of one keeps its own items; in larger ones steps of all lengths come in random order."""
+    def draws(step, micro):
+        return ["x" * n for n in draw.generator(0, step, micro).integers(1, 100, size=5)]
+
+    def padding(deal):
+        batches = [deal(step, micro) for step in range(8) for micro in range(n_micro)]
+        return sum(len(batch) * max(map(len, batch)) - sum(map(len, batch)) for batch in batches)
+
+    options = argparse.Namespace(bucket_steps=window, seed=0)
+    deal = draw.by_length(draws, options, n_micro)
+    for first in range(0, 8, window):
+        dealt, drawn = ([x for step in range(first, first + window) for micro in range(n_micro) for x in of(step, micro)]
+                        for of in (deal, draws))
+        assert sorted(dealt) == sorted(drawn)
+    assert window * n_micro == 1 or padding(deal) < 0.7 * padding(draws)
+    assert draw.by_length(draws, options, n_micro)(5, 0) == deal(5, 0)                    # a resumed run's
+    firsts = [len(deal(step, 0)[0]) for step in range(8)]
+    assert window == 1 or firsts[:4] != sorted(firsts[:4]) or firsts[4:] != sorted(firsts[4:])
+    ranks = [sorted(len(x) for x in deal(5, micro)) for micro in range(n_micro)]
+    assert all(a[-1] <= b[0] for a, b in zip(ranks, ranks[1:]))                           # neighbours in length run together
 
 
 @pytest.mark.parametrize("length, parts, limit", [(3, 3, 50), (10, 3, 50), (40, 3, 12), (40, 2, 40), (5, 2, 2)])
@@ -249,7 +274,7 @@ def test_document_is_cut_into_pieces_that_join_to_a_window(length, parts, limit)
         return {"input_ids": [ids for _ in texts]}
 
     for step in range(60):
-        pieces, again = data.cut_documents(["text"], tokenizer, 2, parts, limit, data.generator(0, step))
+        pieces, again = draw.cut_documents(["text"] * 2, tokenizer, parts, limit, draw.generator(0, step))
         assert list(map(len, pieces)) == list(map(len, again))          # one place to cut, the same for the whole batch
         window = [i for piece in pieces for i in piece]
         assert len(pieces) == parts and all(pieces) and len(window) == min(length, limit)
@@ -264,8 +289,8 @@ def test_varied_demonstrations_are_other_instances_of_the_task(tasks):
     task = data.Task(task.name, task.category, task.definitions, task.demonstrations,
                      [data.Instance(str(i), f"in {i}", [f"out {i}"]) for i in range(4)])
     for step in range(20):
-        draw = data.draw_task(task, data.generator(0, step), 1, 2, vary=True)
-        assert len(draw.demonstrations) == 2 and len(draw.pairs) == 1 and draw.pairs[0] not in draw.demonstrations
+        drawn = draw.draw_task(task, draw.generator(0, step), 1, 2, vary=True)
+        assert len(drawn.demonstrations) == 2 and len(drawn.pairs) == 1 and drawn.pairs[0] not in drawn.demonstrations
 
 
 def test_unit_of_names_category_task_or_all(tasks):

@@ -422,7 +422,7 @@ def test_p3_is_trained_on_and_evaluated_with_its_controls(p3_project):
 def test_teachers_read_the_prompt_and_the_student_the_fields(p3_project):
     options = config.parse(train_hyper.parser(), "finetune", p3_project.argv("finetune"))
     tagi = evaluate.TAGI.load(str(p3_project.runs / "finetune"))
-    get_batch, units = train_hyper.finetune_batches(options, tagi)
+    get_batch, units = train_hyper.finetune_batches(options, tagi, 1)
     batch = get_batch(0, 0)
     assert units == ["ag_news", "imdb"]
     texts = {key: tagi.tokenizer.batch_decode(batch[key][0], skip_special_tokens=True) for key in ("instruction", "input", "prompt")}

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import common
 import config
 import data
+import draw
 import lora
 import train_hyper
 import train_teacher
@@ -239,10 +240,10 @@ def teachers(args):
             model = peft.get_peft_model(plain, settings)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
             for step in range(steps):
-                draw = data.draw_tasks(groups[name], data.generator(0, step, n), 1, 8, 0)[0]
-                items = [(draw.definition, [], text) for text in draw.prompts]
+                drawn = draw.draw_tasks(groups[name], draw.generator(0, step, n), 1, 8, 0)[0]
+                items = [(drawn.definition, [], text) for text in drawn.prompts]
                 ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, args.device)
-                labels = data.labels(tokenizer, [y for _, y in draw.pairs], options.max_output, args.device)
+                labels = data.labels(tokenizer, [y for _, y in drawn.pairs], options.max_output, args.device)
                 logits = model(input_ids=ids, attention_mask=mask, labels=labels).logits
                 F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
                 optimizer.step()

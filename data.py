@@ -347,6 +347,11 @@ def labels(tokenizer, texts: list[str], limit: int, device="cpu") -> torch.Tenso
     return ids.masked_fill(mask == 0, IGNORE)
 
 
+def target_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Where the M labels that count are in the flattened (N, C), (M,)."""
+    return (labels.flatten() != IGNORE).nonzero()[:, 0]
+
+
 def batches(items: list, size: int) -> list[list]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 

@@ -306,10 +306,10 @@ class TAGI(nn.Module):
             return self.llm(encoder_outputs=encoded, attention_mask=mask, use_cache=False,
                             decoder_input_ids=self.llm.prepare_decoder_input_ids_from_labels(labels)).logits
 
-    def target_states(self, adapter, input_ids, attention_mask, labels):
-        """What the head reads at the M target positions of N instances, (M, D); `head` makes `forward`'s logits of it."""
+    def target_states(self, adapter, input_ids, attention_mask, labels, positions):
+        """What the head reads at M of the N·C target positions, (M, D); `head` makes `forward`'s logits of it."""
         with lora.headless(self.llm):
-            return self(adapter, input_ids, attention_mask, labels)[labels != data.IGNORE]
+            return self(adapter, input_ids, attention_mask, labels).flatten(0, 1).index_select(0, positions)
 
     def head(self, adapter, states):
         """(M, D) -> (M, V)."""

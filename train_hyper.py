@@ -127,10 +127,15 @@ def pretrain_batches(options, tagi, n_micro):
         rng = draw.generator(options.seed, step, micro, 3)
         cuts = draw.cut_documents(deal(step, micro), tagi.tokenizer, 3, options.text_length, rng)
         a, b, c = ([part + [eos] for part in parts] for parts in zip(*cuts))
-        return {"instruction": data.pad(a, pad, options.device), "input": data.pad(b, pad, options.device),
-                "labels": data.pad(c, data.IGNORE, options.device)[0], "index": None}
+        return {"instruction": data.pad(a, pad, options.device), "input": data.pad(b, pad, options.device), "index": None,
+                **targets(data.pad(c, data.IGNORE)[0], options.device)}
 
     return get_batch
+
+
+def targets(labels, device):
+    """Labels (N, C), and the flat positions of the M that count."""
+    return {"labels": labels.to(device), "positions": data.target_positions(labels).to(device)}
 
 
 def finetune_batches(options, tagi, n_micro):
@@ -158,7 +163,7 @@ def finetune_batches(options, tagi, n_micro):
         batch = {
             "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in distinct], options.max_instruction, device),
             "input": data.tokenize(tokenizer, [data.instance_text(x) for _, _, x, _ in pairs], options.max_input, device),
-            "labels": data.labels(tokenizer, [y for *_, y in pairs], options.max_output, device),
+            **targets(data.labels(tokenizer, [y for *_, y in pairs], options.max_output), device),
             "index": index if len(distinct) < len(drawn) else None,
             "unit": torch.tensor([unit for unit, *_ in distinct], device=device)}
         if options.lambda_kl:
@@ -185,6 +190,8 @@ def main(argv=None):
         raise common.UserError("--no-hypernetwork with --no-fusion leaves nothing to train; drop one of them")
     if stage == "finetune" and not (options.lambda_ce or options.lambda_kl):
         raise common.UserError("--lambda-ce 0 with --lambda-kl 0 leaves no loss on the labels; drop one of them")
+    if stage == "pretrain":                                                 # Eq. 3 has no teacher
+        options.lambda_ce, options.lambda_kl, options.lambda_ins = 1.0, 0.0, 0.0
     rank, world = common.init_processes(options)
     common.run_stage(os.path.join(options.runs, options.name or stage), options, rank, world, train)
 
@@ -207,17 +214,14 @@ def train(options, rank, world):
     # What the stage needs from earlier ones.
     teachers = teacher_llm = None
     if options.stage == "pretrain":
-        get_batch, lambda_ce, lambda_kl, align = pretrain_batches(options, tagi, world * options.accumulate), 1.0, 0.0, False
+        get_batch = pretrain_batches(options, tagi, world * options.accumulate)
     else:
         get_batch, units = finetune_batches(options, tagi, world * options.accumulate)
-        lambda_ce, lambda_kl = options.lambda_ce, options.lambda_kl
-        align = options.hypernetwork and options.alignment != "none" and options.lambda_ins != 0
-        if align or (lambda_kl and options.kl_teacher == "lora"):
+        if aligns(options) or (options.lambda_kl and options.kl_teacher == "lora"):
             teachers = load_teachers(os.path.join(options.runs, "lora"), units, llm, options,
                                      f"python train_teacher.py --stage lora{common.config_flag(options)}")
-        if lambda_kl and options.kl_teacher != "lora":
+        if options.lambda_kl and options.kl_teacher != "lora":
             teacher_llm = load_kl_teacher(options, path, tagi)
-    kl_teachers = teachers if options.kl_teacher == "lora" else None
     optimizer = common.make_optimizer(parameters, options)
     start = common.resume(folder, options, parameters, optimizer)
     if options.stage == "finetune" and options.pretrained and start == 0:
@@ -231,43 +235,21 @@ def train(options, rank, world):
             group["lr"] = lr
         batches = [get_batch(step, rank + world * i) for i in range(options.accumulate)]
         # Means are over all label tokens, and all tasks, of the step's micro-batches and ranks.
-        counts = [sum((b["labels"] != data.IGNORE).sum().item() for b in batches),
+        counts = [sum(len(b["positions"]) for b in batches),
                   sum(len(b["instruction"][0]) for b in batches), stop.asked]
         n_tokens, n_tasks, stopping = common.sum_over_ranks(counts, options.device)
-        terms = dict.fromkeys(["loss", "ce"] + ["kl"] * bool(lambda_kl) + ["ins"] * align, 0.0)
-
+        totals = {}
         for batch in batches:
-            labels, index = batch["labels"], batch["index"]
-            teacher = teacher_head = None
-            if lambda_kl:                                                   # the teacher reads a and b (Eq. 5)
-                with torch.no_grad():
-                    teacher, teacher_head = run_teacher(tagi, teacher_llm, kl_teachers, batch)  # (M, D)
-            ids, mask = batch["instruction"]
-            first, last = tagi.encode_instruction(ids, mask)                                    # (K, S, D)
-            adapter = tagi.generate_adapter(first, last, mask)                                  # once per instruction
-            rows = adapter if index is None else adapter.select(index)
-            student = tagi.target_states(rows, *batch["input"], labels)                         # (M, D), it reads b
-            ce, kl = target_losses(student, teacher, labels[labels != data.IGNORE], lambda x: tagi.head(rows, x),
-                                   teacher_head, options)
-            loss = lambda_ce * ce / n_tokens
-            terms["ce"] += ce.detach() / n_tokens
-            if lambda_kl:
-                loss = loss + lambda_kl * kl / n_tokens
-                terms["kl"] += kl.detach() / n_tokens
-            if align:
-                weighted, ins = instruction_loss(adapter.weights, lora.select(teachers, batch["unit"]), options.alignment,
-                                                 options.lambda_ins)
-                loss = loss + weighted.sum() / n_tasks
-                terms["ins"] += ins.detach().sum() / n_tasks
-            loss.backward()
-            terms["loss"] += loss.detach()
+            terms = losses(tagi, batch, teachers, teacher_llm, options, n_tokens, n_tasks)
+            terms["loss"].backward()
+            totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
 
         common.sum_gradients(parameters.values())
         if options.clip:
             nn.utils.clip_grad_norm_(parameters.values(), options.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log(step + 1, lr, terms)
+        log(step + 1, lr, totals)
         finished = step + 1 == options.steps
         if rank == 0 and (finished or stopping or (step + 1) % options.save_every == 0):
             common.save_checkpoint(folder, options, parameters, optimizer, step + 1, finished)
@@ -277,16 +259,47 @@ def train(options, rank, world):
     stop.leave_if_asked(options.device)
 
 
-def run_teacher(tagi, teacher_llm, teachers, batch):
+def aligns(options):
+    """Whether L_ins takes part."""
+    return options.hypernetwork and options.alignment != "none" and options.lambda_ins != 0
+
+
+def losses(tagi, batch, teachers, teacher_llm, options, n_tokens, n_tasks):
+    """{"loss", "ce", "kl", "ins"} of a micro-batch: its share in the means over the step's n_tokens labels and n_tasks tasks."""
+    labels, positions, index = batch["labels"], batch["positions"], batch["index"]
+    teacher = teacher_head = None
+    if options.lambda_kl:                                                   # the teacher reads a and b (Eq. 5)
+        with torch.no_grad():
+            teacher, teacher_head = run_teacher(tagi, teacher_llm, teachers, options, batch)    # (M, D)
+    ids, mask = batch["instruction"]
+    first, last = tagi.encode_instruction(ids, mask)                                            # (K, S, D)
+    adapter = tagi.generate_adapter(first, last, mask)                                          # once per instruction
+    rows = adapter if index is None else adapter.select(index)
+    student = tagi.target_states(rows, *batch["input"], labels, positions)                      # (M, D), it reads b
+    ce, kl = target_losses(student, teacher, labels.flatten()[positions], lambda x: tagi.head(rows, x), teacher_head, options)
+    terms = {"ce": ce / n_tokens}
+    loss = options.lambda_ce * terms["ce"]
+    if options.lambda_kl:
+        terms["kl"] = kl / n_tokens
+        loss = loss + options.lambda_kl * terms["kl"]
+    if aligns(options):
+        weighted, ins = instruction_loss(adapter.weights, lora.select(teachers, batch["unit"]), options.alignment,
+                                         options.lambda_ins)
+        terms["ins"] = ins.sum() / n_tasks
+        loss = loss + weighted.sum() / n_tasks
+    return {"loss": loss, **terms}
+
+
+def run_teacher(tagi, teacher_llm, teachers, options, batch):
     """The model that reads instruction and input: what its head reads at the M target positions, (M, D), and the head."""
     ids, mask = batch["prompt"]
     with tagi.adapted(None) as llm:                                         # the same LLM, none of the student's parts
-        if teachers is not None:
-            lora.set_weights(llm, lora.select(teachers, batch["unit"] if batch["index"] is None else
-                                              batch["unit"][batch["index"]]))
+        if options.kl_teacher == "lora":                                    # row k for the k-th block, as the student's
+            units = batch["unit"] if batch["index"] is None else batch["unit"][batch["index"]]
+            lora.set_weights(llm, lora.select(teachers, units))
         llm = llm if teacher_llm is None else teacher_llm
         with lora.headless(llm):
-            states = lora.logits(llm, ids, mask, batch["labels"])[batch["labels"] != data.IGNORE]
+            states = lora.logits(llm, ids, mask, batch["labels"]).flatten(0, 1).index_select(0, batch["positions"])
         head = llm.get_output_embeddings()
 
     def run_head(states):

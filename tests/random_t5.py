@@ -32,7 +32,7 @@ def t5_config(size: str):
     from transformers import T5Config
     d_model, d_ff, layers, heads, d_kv, vocabulary = SIZES[size]
     return T5Config(vocab_size=vocabulary, d_model=d_model, d_ff=d_ff, d_kv=d_kv, num_layers=layers, num_heads=heads,
-                    feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+                    feed_forward_proj="gated-gelu_pytorch_tanh" if size == "tiny" else "gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
 
 
 def random_t5(size: str, seed: int = 0):

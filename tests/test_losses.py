@@ -110,7 +110,7 @@ def test_head_reads_the_target_positions_of_the_logits(kind, exact):
     labels[0, -1] = data.IGNORE
     adapter = tagi.adapt(INSTRUCTIONS)
     logits = tagi(adapter, ids, mask, labels)
-    close(tagi.head(adapter, tagi.target_states(adapter, ids, mask, labels)), logits[labels != data.IGNORE], 1e-9)
+    close(tagi.head(adapter, tagi.target_states(adapter, ids, mask, labels, data.target_positions(labels))), logits[labels != data.IGNORE], 1e-9)
     assert tagi.llm.get_output_embeddings()(logits.new_zeros(1, tagi.llm.config.d_model)).shape[-1] == logits.shape[-1]
 
 
@@ -189,7 +189,7 @@ def test_gradcheck_of_all_three_losses_through_the_whole_model(generator, exact)
 
         def forward(self):
             adapter = tagi.generate_adapter(*tagi.encode_instruction(a, a_mask), a_mask)
-            states = tagi.target_states(adapter, ids, mask, labels)
+            states = tagi.target_states(adapter, ids, mask, labels, data.target_positions(labels))
             return (*target_losses(states, teacher_logits, labels[keep], lambda x: tagi.head(adapter, x), lambda x: x, options, 4),
                     *(instruction_loss(adapter.weights, teacher, kind, 0.5)[0].sum() for kind in ("factors", "product")))
 
@@ -488,7 +488,8 @@ def test_the_teacher_runs_without_any_of_the_students_parts(runs):
         expected = plain(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits[batch["labels"] != data.IGNORE]
 
         def teacher_logits(teachers):
-            states, head = train_hyper.run_teacher(tagi, None, teachers, batch)
+            options = argparse.Namespace(kl_teacher="meta" if teachers is None else "lora")
+            states, head = train_hyper.run_teacher(tagi, None, teachers, options, batch)
             return head(states)
 
         torch.testing.assert_close(teacher_logits(None), expected)

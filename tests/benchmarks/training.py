@@ -1,0 +1,133 @@
+"""Training beside the usual ways to train: LoRA teachers one after another, and LoRA with the instruction in the input."""
+import contextlib
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import peft
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import data
+import draw
+import lora
+import sample
+import train_hyper
+import train_teacher
+from side_by_side import SHAPES, PeakMemory, compare, make_llm, make_tagi, note, parse, random_teachers, tokens
+
+
+def teachers(args):
+    """16 LoRA teachers of the built-in suite's tasks, tokenizing included: all in one batch, against one after another."""
+    steps, units, suite = 10, 16, str(Path(common.__file__).parent / common.SUITE)
+    rank, alpha, targets = SHAPES[args.size][4:]
+    if not Path(suite).is_dir():
+        with contextlib.redirect_stdout(None):
+            sample.write_suite(suite)
+    tasks = {task.name: [task] for task in data.load_sni(suite, "train", 40)[:units]}
+    tokenizer, names, folder = train_teacher.load_tokenizer(f"{suite}/tokenizer"), sorted(tasks), tempfile.mkdtemp()
+    ours, plain = make_llm(args), make_llm(args)
+    lora.inject_lora(ours, targets.split(","), rank, alpha)
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), lora_dropout=0.0)
+
+    def at_once(options):
+        with mock.patch.object(common, "Log"), mock.patch.object(train_teacher, "save_teacher"):
+            train_teacher.train_teachers(folder, options, ours, tokenizer, names, tasks, mock.Mock(asked=0), 0)
+
+    def one_after_another(options):
+        for n, name in enumerate(names):
+            model = peft.get_peft_model(plain, settings)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr, fused=True)
+            for step in range(steps):
+                drawn, = draw.draw_tasks(tasks[name], draw.generator(0, step, n), 1, options.instances, 0)
+                items = [(drawn.definition, [], text) for text in drawn.prompts]
+                ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, args.device)
+                labels = data.labels(tokenizer, [y for _, y in drawn.pairs], options.max_output, args.device)
+                logits = lora.logits(model, ids, mask, labels)
+                F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            model.unload()
+
+    for batch in (1, 2, 4, 8):
+        options = parse(train_teacher.parser(), "lora", f"--device={args.device}", f"--rank={rank}", f"--alpha={alpha}",
+                        f"--targets={targets}", f"--steps={steps}", "--tasks=1", f"--instances={batch}", "--unit=task",
+                        "--max-input=192", "--max-output=16", "--lr=1e-3")
+        name = f"16 teachers, batch {batch}"
+        seconds = compare(name, args, {"PEFT, one after another": lambda: one_after_another(options),
+                                       "ours, at once": lambda: at_once(options)}, rounds=max(3, args.rounds // 3))
+        rates = [f"{way} {units * steps / x:.0f}" for way, x in seconds.items()]
+        a, b = seconds.values()
+        note(name, f"teacher-steps a second: {', '.join(rates)}: {a / b:.1f}x")
+
+
+def finetune(args):
+    """A finetuning step with all three losses against a LoRA step on the same instances with the instruction in the input."""
+    S, _, T, C, rank, alpha, targets = SHAPES[args.size]
+    tasks = 32 if args.size == "tiny" else 8
+    flags = ["--lambda-kl=1", "--alignment=product"]
+    for instances in (1, 2, 4):
+        tagi, plain = make_tagi(args, *flags), make_llm(args)
+        batch = random_batch(args, tasks, instances, S, T, C)
+        stacked = random_teachers(tagi, tasks)
+        optimizer = common.make_optimizer(tagi.trainable(), tagi.options)
+
+        def ours():
+            step(tagi, optimizer, batch, stacked)
+
+        def unchunked():
+            with mock.patch.object(train_hyper.target_losses, "__defaults__", (10 ** 9,)), \
+                    mock.patch.object(train_hyper, "checkpoint", lambda f, *args, **kwargs: f(*args)):
+                ours()
+
+        lora.inject_lora(plain, targets.split(","), rank, alpha)
+        weights = lora.init_weights(plain, rank, 0)
+        parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
+        its_optimizer = common.make_optimizer(parameters, tagi.options)
+        lora.set_weights(plain, weights)
+
+        def usual():
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+                logits = lora.logits(plain, *batch["prompt"], batch["labels"])
+            F.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten()).backward()
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            its_optimizer.step()
+            its_optimizer.zero_grad(set_to_none=True)
+
+        name, ways = f"finetune, {tasks} tasks x {instances}", {"LoRA, instruction in input": usual, "ours, three losses": ours}
+        seconds = compare(name, args, ways, rounds=args.rounds)
+        n_tokens = tasks * instances * (S + T + C)
+        rates = [f"{way} {n_tokens / x:.0f}" for way, x in seconds.items()]
+        peaks = [f"{way} {peak_memory(run, args.device):.0f}" for way, run in (ways | {"unchunked": unchunked}).items()]
+        note(name, f"tokens of instruction, input and answer a second: {', '.join(rates)}; MB at the peak: {', '.join(peaks)}")
+
+
+def step(tagi, optimizer, batch, teachers):
+    """What train_hyper.train does with one micro-batch."""
+    terms = train_hyper.losses(tagi, batch, teachers, None, tagi.options, len(batch["positions"]), len(batch["unit"]))
+    terms["loss"].backward()
+    nn.utils.clip_grad_norm_(tagi.trainable().values(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def random_batch(args, tasks, instances, S, T, C):
+    """A batch of train_hyper.finetune_batches' form, every text as long as the others."""
+    n = tasks * instances
+    return {"instruction": tokens(args, tasks, S), "input": tokens(args, n, T), "prompt": tokens(args, n, S + T), "index": None,
+            "unit": torch.arange(tasks, device=args.device), "labels": tokens(args, n, C)[0],
+            "positions": torch.arange(n * C, device=args.device)}
+
+
+def peak_memory(run, device):
+    """Megabytes that one run needs beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    with PeakMemory() as memory:
+        run()
+    return memory.peak / 2 ** 20

@@ -164,11 +164,14 @@ def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, term
     assert evaluate.TAGI.load(str(project.runs / "other")).adapt(["Find the city ."]).mask.any()
 
 
-@pytest.mark.parametrize("stage", ["meta", "lora", "finetune"])
-def test_gradient_checkpointing_trains_the_same(project, stage):
+@pytest.mark.parametrize("stage, flags", [("meta", ["--checkpointing"]), ("lora", ["--checkpointing"]),
+                                          ("finetune", ["--checkpointing"]), ("meta", ["--compile"]), ("lora", ["--compile"])])
+def test_checkpointing_and_compiling_train_the_same(project, stage, flags, monkeypatch):
     """Against the fixture's stage: the same losses, the second of which is after a step. Weights too, but for meta, whose Muon
-    makes much of rounding."""
-    project.run(stage, "--name=other", "--checkpointing")
+    makes much of rounding. The compiler stops short of writing C++, which would take minutes."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_(self, backend="aot_eager", **kwargs))
+    project.run(stage, "--name=other", *flags)
     losses = [[row["loss"] for row in project.log(name)] for name in (stage, "other")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][0] != losses[0][1]
     if stage != "meta":
@@ -176,6 +179,10 @@ def test_gradient_checkpointing_trains_the_same(project, stage):
             folder = path.parent.relative_to(project.runs / stage)
             a, b = project.weights(stage, folder), project.weights("other", folder)
             assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=1e-5) for name in a)
+
+
+def test_compiling_with_checkpointing_is_refused(project):
+    assert "choose one of them" in project.refuses("meta", "--name=other", "--compile", "--checkpointing")
 
 
 def test_no_fusion_is_both_parts_off(project):

@@ -33,7 +33,8 @@ def same(a: dict, b: dict) -> bool:
 @pytest.mark.parametrize("stage, flags", [
     ("base", ()), ("meta", ()), ("meta", ("--accumulate", "2", "--optimizer", "adafactor")), ("pretrain", ()), ("finetune", ()),
     ("finetune", ("--train-embeddings", "--demos", "2", "--schedule", "linear")),
-    ("finetune", ("--no-hypernetwork", "--optimizer", "adafactor"))])
+    ("meta", ("--bucket-steps", "3", "--accumulate", "2")), ("pretrain", ("--bucket-steps", "3")),
+    ("finetune", ("--bucket-steps", "3", "--accumulate", "2")), ("finetune", ("--no-hypernetwork", "--optimizer", "adafactor"))])
 def test_resumed_after_ctrl_c_equals_uninterrupted(finished, tmp_path, monkeypatch, capsys, stage, flags):
     straight, cut = (finished.copy(tmp_path / name, NEEDS[stage]) for name in ("straight", "cut"))
     straight.run(stage, *FOUR, *flags)

@@ -27,7 +27,7 @@ def merged(args):
     plain, (ids, mask) = make_llm(args), tokens(args, args.rows, T)
     ways = {"plain T5": lambda: decode(plain, ids, mask, C)}
     for name, flags in (("merged, no fusion", ["--no-fusion"]), ("merged, with fusion", [])):
-        tagi = make_tagi(args, *flags)
+        tagi = make_tagi(args, *flags).requires_grad_(False)
         adapter = adapt(tagi, *tokens(args, 1, S))
         tagi.merge(adapter)
         ways[name] = lambda tagi=tagi, adapter=adapter: decode_adapted(tagi, adapter, ids, mask, C)
@@ -43,9 +43,10 @@ def mixed(args):
     for n in range(1, 16):
         peft_llm.add_adapter(f"task{n}", settings)
     peft_llm.eval()
-    students = {name: make_tagi(args, *flags) for name, flags in (("no fusion", ["--no-fusion"]), ("with fusion", []))}
+    students = {name: make_tagi(args, *flags).requires_grad_(False)
+                for name, flags in (("no fusion", ["--no-fusion"]), ("with fusion", []))}
     adapters = {name: adapt(tagi, *tokens(args, 16, S)) for name, tagi in students.items()}
-    for rows in (16, args.rows):
+    for rows in sorted({16, args.rows}):
         ids, mask = tokens(args, rows, T)
         index = [n % 16 for n in range(rows)]
         names = [f"task{n}" for n in index]
@@ -60,7 +61,7 @@ def mixed(args):
 def reread(args):
     """n instances of one task: adapter generated, merged, used, unmerged, against the instruction in every input."""
     S, S2, T, C, *_ = SHAPES[args.size]
-    plain, tagi = make_llm(args), make_tagi(args)
+    plain, tagi = make_llm(args), make_tagi(args).requires_grad_(False)
 
     def once(instruction, ids, mask):
         adapter = adapt(tagi, *instruction)
@@ -83,7 +84,7 @@ def reread(args):
 def regenerate(args):
     """Adapters once a task, against anew before every decoding step, and so for every layer, as the paper's code does."""
     S, _, T, C, *_ = SHAPES[args.size]
-    tagi = make_tagi(args)
+    tagi = make_tagi(args).requires_grad_(False)
     ids, mask = tokens(args, args.rows, T)
     instruction, i_mask = tokens(args, 16, S)
     first, last = tagi.encode_instruction(instruction, i_mask)
@@ -93,7 +94,7 @@ def regenerate(args):
         if type(block).__name__ == "T5Block":
             shapes = {site: shape for site, shape in tagi.generator.site_shapes.items() if site.startswith(name + ".")}
             of_block[block] = hypernet.Generator(shapes, tagi.llm.config.d_model, options.rank, options.generator,
-                                                 options.width, options.bottleneck).to(args.device)
+                                                 options.width, options.bottleneck).to(args.device).requires_grad_(False)
             for p in of_block[block].parameters():
                 torch.nn.init.normal_(p, std=0.01)
 

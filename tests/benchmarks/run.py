@@ -1,15 +1,17 @@
-"""Our ways beside the usual ones, in one run, taking turns: python tests/benchmarks/run.py [--device cuda] [--size base] [--only NAME]
+"""Our ways beside the usual ones, in one run, taking turns: python tests/benchmarks/run.py [--device cuda] [--only NAME]
 
     teachers     16 LoRA teachers in one batch               against PEFT's get_peft_model, one teacher after another
     finetune     a step with all three losses                against a LoRA step with the instruction in the input
+    logits       the losses' logits in chunks                against all at once
+    padding      finetuning's batches sorted by length       against as they are drawn (TAGI_DATA)
     merged       decoding with one task merged               against plain T5
     mixed        a batch of 16 tasks, each its own adapter   against plain T5, and PEFT's adapter_names=
     reread       n instances by a generated adapter          against the instruction in every input
     regenerate   adapters generated once                     against anew at every decoding step and layer
-    rouge_l      our ROUGE-L                                 against Google's rouge_score
+    rouge_l      our ROUGE-L                                 against Google's rouge_score (TAGI_DATA)
     ranking      one encoder pass a row                      against one a choice
 
-Models have random weights: `tiny` is the built-in suite's, `base` T5 v1.1 Base. Times are medians with the middle half of the
+Models have random weights: --size tiny is the built-in suite's, base T5 v1.1 Base. Times are medians with the middle half of the
 rounds, after one of warm-up; FLOPs are counted by PyTorch; both columns with an x are relative to the benchmark's first way.
 PEFT and rouge_score come from tests/requirements.txt.
 """
@@ -30,8 +32,9 @@ import scoring
 import training
 from side_by_side import HEAD, SHAPES
 
-BENCHMARKS = {f.__name__: f for f in (training.teachers, training.finetune, decoding.merged, decoding.mixed, decoding.reread,
-                                      decoding.regenerate, scoring.rouge_l, scoring.ranking)}
+BENCHMARKS = {f.__name__: f for f in (
+    training.teachers, training.finetune, training.logits, training.padding, decoding.merged, decoding.mixed, decoding.reread,
+    decoding.regenerate, scoring.rouge_l, scoring.ranking)}
 
 
 def main():
@@ -41,7 +44,7 @@ def main():
     p.add_argument("--only", choices=BENCHMARKS)
     p.add_argument("--rows", type=int, default=64, help="instances in a decoded batch")
     p.add_argument("--instances", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100], help="n of `reread`")
-    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--rounds", type=int, default=31)
     args = p.parse_args()
     warnings.simplefilter("ignore")
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} {platform.machine()} cores, " \

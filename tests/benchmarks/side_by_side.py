@@ -35,7 +35,6 @@ def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool 
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             run()
         flops[way] = counter.get_total_flops() if count else 0
-        run()
     for _ in range(rounds or args.rounds):
         for way, run in ways.items():
             synchronize()

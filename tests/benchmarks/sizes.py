@@ -28,7 +28,7 @@ from decoding import decode_adapted
 from hypernet import TAGI
 from random_t5 import random_t5
 from side_by_side import PeakMemory, adapt, random_teachers, synchronize, tokens
-from training import random_batch, step
+from training import all_logits_at_once, random_batch, step
 
 UNITS = 60                                          # categories of Super-NaturalInstructions
 GB = 1e9
@@ -37,7 +37,7 @@ GB = 1e9
 def stage_options(stage, size, device, checkpointing):
     options = config.parse(train_hyper.parser(), stage, [
         f"--stage={stage}", f"--config={ROOT}/configs/sni-{size}.yaml", f"--device={device}"])
-    options.checkpointing |= checkpointing
+    options.checkpointing = checkpointing
     if stage == "pretrain":
         options.lambda_ce, options.lambda_kl, options.lambda_ins = 1.0, 0.0, 0.0
     return options
@@ -64,11 +64,15 @@ def make(options, size, device):
     return tagi, teachers, common.make_optimizer(tagi.trainable(), options), batch
 
 
+def title(stage, size, checkpointing, chunked=True):
+    return f"{stage}, {size}{', checkpointing' * checkpointing}{', all logits at once' * (not chunked)}"
+
+
 def size_of(tensors):
     return sum(t.numel() * t.element_size() for t in tensors) / GB
 
 
-def memory(stage, size, device, checkpointing):
+def memory(stage, size, device, checkpointing, chunked=True):
     """A line: what is held all the time, and the peak of two steps, the first of which makes the optimizer's moments."""
     options, seconds = stage_options(stage, size, device, checkpointing), []
     cuda = device == "cuda"
@@ -76,6 +80,8 @@ def memory(stage, size, device, checkpointing):
         if not cuda:
             stack.enter_context(FakeTensorMode())
             stack.enter_context(mock.patch.object(TAGI, "to"))              # fake tensors cannot be moved, and need not be
+        if not chunked:
+            stack.enter_context(all_logits_at_once())
         peak = contextlib.nullcontext() if cuda else PeakMemory()
         with peak:                                                          # all that is made within counts
             tagi, teachers, optimizer, batch = make(options, size, device)
@@ -95,7 +101,7 @@ def memory(stage, size, device, checkpointing):
                     2 * size_of(trained) + size_of(moments)]
     total = torch.cuda.max_memory_allocated() / GB if cuda else peak.peak / GB
     ms = f"{1000 * statistics.median(seconds[1:]):.0f}" if cuda else ""
-    print(f"| {stage}, {size}{', checkpointing' if options.checkpointing else ''} | {options.tasks} x {options.instances} | "
+    print(f"| {title(stage, size, options.checkpointing, chunked)} | {options.tasks} x {options.instances} | "
           f"{sum(p.numel() for p in trained) / 1e9:.2f} G | {' | '.join(f'{x:.1f}' for x in held)} | {total:.1f} | {ms} |",
           flush=True)
 
@@ -136,13 +142,13 @@ def main():
     print(f"GB, {how}, torch {torch.__version__}\n\n| stage | tasks x instances | trained | LLM | teachers | trained weights, gradients, "
           "moments | peak | ms a step |\n|---|--:|--:|--:|--:|--:|--:|--:|")
     for size in args.sizes:
-        for stage in ("pretrain", "finetune"):
-            for checkpointing in (False, True):
-                try:
-                    memory(stage, size, args.device, checkpointing)
-                except torch.OutOfMemoryError:
-                    print(f"| {stage}, {size}{', checkpointing' if checkpointing else ''} | out of memory | | | | | | |", flush=True)
-                    torch.cuda.empty_cache()
+        for stage, *how in (("pretrain", False), ("pretrain", True), ("finetune", False), ("finetune", True),
+                            ("finetune", True, False)):
+            try:
+                memory(stage, size, args.device, *how)
+            except torch.OutOfMemoryError:
+                print(f"| {title(stage, size, *how)} | out of memory | | | | | | |", flush=True)
+                torch.cuda.empty_cache()
     if args.device == "cuda":
         print("\n| | ms an adapter | tokens a second, merged | tokens a second, mixed |\n|---|--:|--:|--:|")
         for size in args.sizes:

@@ -1,5 +1,7 @@
 """Training beside the usual ways to train: LoRA teachers one after another, and LoRA with the instruction in the input."""
+import argparse
 import contextlib
+import os
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -16,6 +18,7 @@ import lora
 import sample
 import train_hyper
 import train_teacher
+from random_t5 import train_tokenizer
 from side_by_side import SHAPES, PeakMemory, compare, make_llm, make_tagi, note, parse, random_teachers, tokens
 
 
@@ -68,7 +71,7 @@ def finetune(args):
     S, _, T, C, rank, alpha, targets = SHAPES[args.size]
     tasks = 32 if args.size == "tiny" else 8
     flags = ["--lambda-kl=1", "--alignment=product"]
-    for instances in (1, 2, 4):
+    for instances in (1, 2, 4) if args.size == "tiny" else (1, 2):
         tagi, plain = make_tagi(args, *flags), make_llm(args)
         batch = random_batch(args, tasks, instances, S, T, C)
         stacked = random_teachers(tagi, tasks)
@@ -76,11 +79,6 @@ def finetune(args):
 
         def ours():
             step(tagi, optimizer, batch, stacked)
-
-        def unchunked():
-            with mock.patch.object(train_hyper.target_losses, "__defaults__", (10 ** 9,)), \
-                    mock.patch.object(train_hyper, "checkpoint", lambda f, *args, **kwargs: f(*args)):
-                ours()
 
         lora.inject_lora(plain, targets.split(","), rank, alpha)
         weights = lora.init_weights(plain, rank, 0)
@@ -100,8 +98,50 @@ def finetune(args):
         seconds = compare(name, args, ways, rounds=args.rounds)
         n_tokens = tasks * instances * (S + T + C)
         rates = [f"{way} {n_tokens / x:.0f}" for way, x in seconds.items()]
-        peaks = [f"{way} {peak_memory(run, args.device):.0f}" for way, run in (ways | {"unchunked": unchunked}).items()]
+        peaks = [f"{way} {peak_memory(run, args.device):.0f}" for way, run in ways.items()]
         note(name, f"tokens of instruction, input and answer a second: {', '.join(rates)}; MB at the peak: {', '.join(peaks)}")
+
+
+def logits(args):
+    """L_pred and L_kl of 1 024 target positions (8 x 128) over T5's 32 128 words: in chunks, and with all logits at once."""
+    M, D, V = 1024, 768, 32128
+    heads = [nn.Linear(D, V, bias=False, device=args.device).requires_grad_(False) for _ in range(2)]
+    student, teacher = (torch.randn(M, D, device=args.device, requires_grad=n == 0) for n in range(2))
+    labels = torch.randint(0, V, (M,), device=args.device)
+    options = argparse.Namespace(temperature=1.0, standardize_logits=False)
+
+    def chunked():
+        sum(train_hyper.target_losses(student, teacher, labels, *heads, options)).backward()
+
+    def at_once():
+        with all_logits_at_once():
+            chunked()
+
+    name, ways = f"logits of {M} positions", {"all at once": at_once, "in chunks": chunked}
+    compare(name, args, ways, rounds=5)
+    note(name, "MB at the peak: " + ", ".join(f"{way} {peak_memory(run, args.device):.0f}" for way, run in ways.items()))
+
+
+def padding(args):
+    """The share of padding in finetuning's batches of 8 tasks on Super-NaturalInstructions, sorted by length or as drawn."""
+    folder = os.path.join(os.environ.get("TAGI_DATA", ""), "sni")
+    if not os.path.isdir(folder):
+        return note("padding", f"skipped: no {folder}; TAGI_DATA names a folder with Super-NaturalInstructions in sni")
+    options = parse(train_hyper.parser(), "finetune", f"--data={folder}", "--allow-missing", "--demos=mixed", "--accumulate=2")
+    tasks = data.training_tasks(options)
+    texts = [" ".join(text.split())[:500] for task in tasks for text in (task.definitions[0], task.instances[0].input)]
+    student = argparse.Namespace(tokenizer=train_tokenizer(texts, 8000))
+    for ranks in (1, 8):
+        shares = {}
+        for name, steps in (("as drawn", 0), ("sorted within a step", 1), ("--bucket-steps 8", 8)):
+            options.bucket_steps, n_micro = steps or 1, ranks * options.accumulate
+            patch = mock.patch.object(draw, "by_length", lambda draws, *_: draws) if not steps else contextlib.nullcontext()
+            with patch, mock.patch.object(data, "training_tasks", lambda _: tasks):
+                get_batch, _ = train_hyper.finetune_batches(options, student, n_micro)
+                batches = [get_batch(step, micro) for step in range(16) for micro in range(n_micro)]
+            masks = [batch[key][1] for batch in batches for key in ("input", "prompt")]
+            shares[name] = 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+        note(f"padding, {ranks} rank{'s' * (ranks > 1)} x 2 x 8 tasks", ", ".join(f"{n} {x:.0%}" for n, x in shares.items()))
 
 
 def step(tagi, optimizer, batch, teachers):
@@ -111,6 +151,14 @@ def step(tagi, optimizer, batch, teachers):
     nn.utils.clip_grad_norm_(tagi.trainable().values(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def all_logits_at_once():
+    """Within: train_hyper.target_losses neither cuts the positions into chunks nor makes logits twice."""
+    with mock.patch.object(train_hyper.target_losses, "__defaults__", (10 ** 9,)), \
+            mock.patch.object(train_hyper, "checkpoint", lambda f, *args, **kwargs: f(*args)):
+        yield
 
 
 def random_batch(args, tasks, instances, S, T, C):

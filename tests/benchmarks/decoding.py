@@ -75,7 +75,7 @@ def reread(args):
             short, long = tokens(args, n, T), tokens(args, n, length + T)
             name = f"{n} instances, {demos} demonstrations"
             seconds = compare(name, args, {"instruction in input": lambda: decode(plain, *long, C),
-                                           "adapter, once": lambda: once(instruction, *short)})
+                                           "adapter, once": lambda: once(instruction, *short)}, show=n in (1, 10, 100))
             if even is None and seconds["adapter, once"] <= seconds["instruction in input"]:
                 even = n
         note(f"break-even, {demos} demonstrations", f"n = {even} of {', '.join(map(str, args.instances))}")

@@ -25,7 +25,8 @@ SHAPES = {  # tokens of: an instruction, one with two demonstrations, an instanc
 HEAD = "| benchmark | way | ms, median | middle half | time | GFLOP | FLOPs |\n|---|---|--:|--:|--:|--:|--:|"
 
 
-def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool = True) -> dict:
+def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool = True,
+            show: bool = True) -> dict:
     """Print a line for every way, {name: function}; the first is the one that times and FLOPs are relative to.
 
     The ways take turns for `rounds` rounds after one that warms up and counts FLOPs. Returns {way: median seconds}.
@@ -46,8 +47,9 @@ def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool 
     for way, x in seconds.items():
         low, _, high = statistics.quantiles(x, n=4)
         cost = f"{flops[way] / 1e9:.3g} | {flops[way] / flops[first]:.2f}x" if flops[way] else " | "
-        say(f"| {name} | {way} | {1000 * medians[way]:.1f} | {1000 * low:.1f} – {1000 * high:.1f} | "
-            f"{medians[way] / medians[first]:.2f}x | {cost} |")
+        if show:
+            say(f"| {name} | {way} | {1000 * medians[way]:.1f} | {1000 * low:.1f} – {1000 * high:.1f} | "
+                f"{medians[way] / medians[first]:.2f}x | {cost} |")
     return medians
 
 

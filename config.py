@@ -85,8 +85,8 @@ def add_training_options(parser: Parser, steps: int) -> None:
     g.add_argument("--tasks", type=positive, default=8, help="tasks in a micro-batch of one rank")
     g.add_argument("--instances", type=positive, default=1, help="instances of each of these tasks")
     g.add_argument("--accumulate", type=positive, default=1, help="micro-batches per step and rank")
-    g.add_argument("--bucket-steps", type=positive, default=1, help="steps whose texts are sorted by length and dealt out "
-                   "together, for less padding; 1: every step keeps its own, sorted into its micro-batches")
+    g.add_argument("--bucket-steps", type=at_least(0), default=0, help="sort the texts of so many steps by length and deal them "
+                   "out again, for less padding; 1: each step's own into its micro-batches; 0: as drawn")
     g.add_argument("--optimizer", default="adamw", choices=["adamw", "adafactor", "muon"],
                    help="muon: Muon for matrices, AdamW for the rest; far fewer steps for a model made from nothing")
     g.add_argument("--lr", type=at_least(0, float), default=1e-4)

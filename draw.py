@@ -59,7 +59,11 @@ def by_length(draws, options, n_micro: int):
     The items of --bucket-steps steps, n_micro micro-batches each (those of all ranks), are sorted by len() and cut into
     batches again: texts of like length share one, and little is padding. With one step a step's items stay its own, its
     gradient the same. With more, steps with short and with long texts follow in random order, and every item still comes once.
+    With none, items stay as they were drawn.
     """
+    if not options.bucket_steps:
+        return draws
+
     @functools.lru_cache(maxsize=1)
     def window(number):
         steps = range(number * options.bucket_steps, (number + 1) * options.bucket_steps)

@@ -45,7 +45,7 @@ def parser():
     g.add_argument("--heads", type=config.positive, default=4)
     g.add_argument("--ff", type=config.positive, default=128, help="d_ff")
     g = p.add_argument_group("meta")
-    g.add_argument("--drop-instruction", type=float, default=0.0, help="share of examples that hold the input alone")
+    g.add_argument("--drop-instruction", type=float, default=0.0, help="share of draws whose input is the instance alone")
     g.add_argument("--easy-first", type=float, default=0.0, help="share of the steps, at the start, on tasks with answers "
                    "of one or two words, in one wording; a model made from nothing needs it")
     g.add_argument("--demos-after", type=float, default=0.0, help="share of the steps without demonstrations, at the start")
@@ -165,26 +165,22 @@ def train_meta(options, rank, world):
     tasks = data.training_tasks(options)
     easy = [dataclasses.replace(t, definitions=t.definitions[:1]) for t in tasks
             if all(len(output.split()) <= 2 for x in t.instances for output in x.outputs)] or tasks
-    n_easy = options.easy_first * options.steps
 
     def draws(step, micro):
         rng = draw.generator(options.seed, step, micro)
-        early = step < options.demos_after * options.steps
+        easy_only, early = step < options.easy_first * options.steps, step < options.demos_after * options.steps
         demos = 0 if early else draw.n_demonstrations(options.demos, options.seed, step)
-        return draw.draw_tasks(easy if step < n_easy else tasks, rng, options.tasks, options.instances, demos,
-                               options.vary_demos)
+        drawn = draw.draw_tasks(easy if easy_only else tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
+        return [dataclasses.replace(d, definition="", demonstrations=[])
+                if not easy_only and rng.random() < options.drop_instruction else d for d in drawn]
 
     deal = draw.by_length(draws, options, world * options.accumulate)
 
     def get_batch(step, micro):
-        rng, items, targets = draw.generator(options.seed, step, micro, 3), [], []
-        for d in deal(step, micro):
-            for text, (_, target) in zip(d.prompts, d.pairs):
-                dropped = step >= n_easy and rng.random() < options.drop_instruction
-                items.append(("", [], text) if dropped else (d.definition, d.demonstrations, text))
-                targets.append(target)
+        drawn = deal(step, micro)
+        items = [(d.definition, d.demonstrations, text) for d in drawn for text in d.prompts]
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
-        return ids, mask, data.labels(tokenizer, targets, options.max_output, options.device)
+        return ids, mask, data.labels(tokenizer, [y for d in drawn for _, y in d.pairs], options.max_output, options.device)
 
     train_llm(folder_of(options, "meta"), options, llm, tokenizer, get_batch, rank, world)
 

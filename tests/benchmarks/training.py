@@ -133,15 +133,14 @@ def padding(args):
     student = argparse.Namespace(tokenizer=train_tokenizer(texts, 8000))
     for ranks in (1, 8):
         shares = {}
-        for name, steps in (("as drawn", 0), ("sorted within a step", 1), ("--bucket-steps 8", 8)):
-            options.bucket_steps, n_micro = steps or 1, ranks * options.accumulate
-            patch = mock.patch.object(draw, "by_length", lambda draws, *_: draws) if not steps else contextlib.nullcontext()
-            with patch, mock.patch.object(data, "training_tasks", lambda _: tasks):
+        for steps in (0, 1, 8):
+            options.bucket_steps, n_micro = steps, ranks * options.accumulate
+            with mock.patch.object(data, "training_tasks", lambda _: tasks):
                 get_batch, _ = train_hyper.finetune_batches(options, student, n_micro)
                 batches = [get_batch(step, micro) for step in range(16) for micro in range(n_micro)]
             masks = [batch[key][1] for batch in batches for key in ("input", "prompt")]
-            shares[name] = 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
-        note(f"padding, {ranks} rank{'s' * (ranks > 1)} x 2 x 8 tasks", ", ".join(f"{n} {x:.0%}" for n, x in shares.items()))
+            shares[steps] = 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+        note(f"padding, {ranks} rank{'s' * (ranks > 1)} x 2 x 8 tasks", ", ".join(f"--bucket-steps {n}: {x:.0%}" for n, x in shares.items()))
 
 
 def step(tagi, optimizer, batch, teachers):

@@ -168,9 +168,9 @@ def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, term
                                           ("finetune", ["--checkpointing"]), ("meta", ["--compile"]), ("lora", ["--compile"])])
 def test_checkpointing_and_compiling_train_the_same(project, stage, flags, monkeypatch):
     """Against the fixture's stage: the same losses, the second of which is after a step. Weights too, but for meta, whose Muon
-    makes much of rounding. The compiler stops short of writing C++, which would take minutes."""
+    makes much of rounding. The compiler traces only: code made of it would take minutes."""
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_(self, backend="aot_eager", **kwargs))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_(self, backend="eager", **kwargs))
     project.run(stage, "--name=other", *flags)
     losses = [[row["loss"] for row in project.log(name)] for name in (stage, "other")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][0] != losses[0][1]

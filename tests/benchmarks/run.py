@@ -11,9 +11,9 @@
     rouge_l      our ROUGE-L                                 against Google's rouge_score (TAGI_DATA)
     ranking      one encoder pass a row                      against one a choice
 
-Models have random weights: --size tiny is the built-in suite's, base T5 v1.1 Base. Times are medians with the middle half of the
+Models have random weights: --size tiny is the built-in suite's, base T5 v1.1 Base. Times are medians and the middle half of the
 rounds, after one of warm-up; FLOPs are counted by PyTorch; both columns with an x are relative to the benchmark's first way.
-PEFT and rouge_score come from tests/requirements.txt.
+PEFT and rouge_score come from tests/requirements.txt. sizes.py beside this file is about the paper's model sizes.
 """
 import argparse
 import os

@@ -25,17 +25,19 @@ SHAPES = {  # tokens of: an instruction, one with two demonstrations, an instanc
 HEAD = "| benchmark | way | ms, median | middle half | time | GFLOP | FLOPs |\n|---|---|--:|--:|--:|--:|--:|"
 
 
-def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool = True,
-            show: bool = True) -> dict:
+def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool = True, show: bool = True) -> dict:
     """Print a line for every way, {name: function}; the first is the one that times and FLOPs are relative to.
 
     The ways take turns for `rounds` rounds after one that warms up and counts FLOPs. Returns {way: median seconds}.
     """
     seconds, flops = {way: [] for way in ways}, {}
-    for way, run in ways.items():                   # the counter does not know a CPU's flash attention
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    for way, run in ways.items():
+        if count:                                   # the counter does not know a CPU's flash attention
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                run()
+            flops[way] = counter.get_total_flops()
+        else:
             run()
-        flops[way] = counter.get_total_flops() if count else 0
     for _ in range(rounds or args.rounds):
         for way, run in ways.items():
             synchronize()
@@ -46,7 +48,7 @@ def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool 
     medians, first = {way: statistics.median(x) for way, x in seconds.items()}, next(iter(ways))
     for way, x in seconds.items():
         low, _, high = statistics.quantiles(x, n=4)
-        cost = f"{flops[way] / 1e9:.3g} | {flops[way] / flops[first]:.2f}x" if flops[way] else " | "
+        cost = f"{flops[way] / 1e9:.3g} | {flops[way] / flops[first]:.2f}x" if count else " | "
         if show:
             say(f"| {name} | {way} | {1000 * medians[way]:.1f} | {1000 * low:.1f} – {1000 * high:.1f} | "
                 f"{medians[way] / medians[first]:.2f}x | {cost} |")

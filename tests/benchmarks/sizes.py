@@ -139,8 +139,8 @@ def main():
     args = p.parse_args()
     torch.manual_seed(0)
     how = f"measured on {torch.cuda.get_device_name()}" if args.device == "cuda" else "computed, not measured"
-    print(f"GB, {how}, torch {torch.__version__}\n\n| stage | tasks x instances | trained | LLM | teachers | trained weights, gradients, "
-          "moments | peak | ms a step |\n|---|--:|--:|--:|--:|--:|--:|--:|")
+    print(f"GB, {how}, torch {torch.__version__}\n\n| stage | tasks x instances | trained weights | LLM | teachers | trained weights, "
+          "gradients, moments | peak | ms a step |\n|---|--:|--:|--:|--:|--:|--:|--:|")
     for size in args.sizes:
         for stage, *how in (("pretrain", False), ("pretrain", True), ("finetune", False), ("finetune", True),
                             ("finetune", True, False)):

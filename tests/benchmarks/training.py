@@ -31,13 +31,15 @@ def teachers(args):
             sample.write_suite(suite)
     tasks = {task.name: [task] for task in data.load_sni(suite, "train", 40)[:units]}
     tokenizer, names, folder = train_teacher.load_tokenizer(f"{suite}/tokenizer"), sorted(tasks), tempfile.mkdtemp()
-    ours, plain = make_llm(args), make_llm(args)
-    lora.inject_lora(ours, targets.split(","), rank, alpha)
+    ours, compiled, plain = (make_llm(args) for _ in range(3))
+    for llm in (ours, compiled):
+        lora.inject_lora(llm, targets.split(","), rank, alpha)
+    compiled.compile(dynamic=True)
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), lora_dropout=0.0)
 
-    def at_once(options):
+    def at_once(options, llm=ours):
         with mock.patch.object(common, "Log"), mock.patch.object(train_teacher, "save_teacher"):
-            train_teacher.train_teachers(folder, options, ours, tokenizer, names, tasks, mock.Mock(asked=0), 0)
+            train_teacher.train_teachers(folder, options, llm, tokenizer, names, tasks, mock.Mock(asked=0), 0)
 
     def one_after_another(options):
         for n, name in enumerate(names):
@@ -64,6 +66,8 @@ def teachers(args):
         rates = [f"{way} {units * steps / x:.0f}" for way, x in seconds.items()]
         a, b = seconds.values()
         note(name, f"teacher-steps a second: {', '.join(rates)}: {a / b:.1f}x")
+    compare(f"{name}, --compile", args, {"without": lambda: at_once(options), "with": lambda: at_once(options, compiled)},
+            rounds=max(3, args.rounds // 3), count=False)
 
 
 def finetune(args):
@@ -140,7 +144,8 @@ def padding(args):
                 batches = [get_batch(step, micro) for step in range(16) for micro in range(n_micro)]
             masks = [batch[key][1] for batch in batches for key in ("input", "prompt")]
             shares[steps] = 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
-        note(f"padding, {ranks} rank{'s' * (ranks > 1)} x 2 x 8 tasks", ", ".join(f"--bucket-steps {n}: {x:.0%}" for n, x in shares.items()))
+        said = [f"--bucket-steps {steps}: {share:.0%}" for steps, share in shares.items()]
+        note(f"padding, {ranks} rank{'s' * (ranks > 1)} x 2 x 8 tasks", ", ".join(said))
 
 
 def step(tagi, optimizer, batch, teachers):

@@ -1,4 +1,4 @@
-"""Our ways beside the usual ones, in one run, taking turns: python tests/benchmarks/run.py [--device cuda] [--only NAME]
+"""Our ways beside the usual ones, in one run, taking turns: python tests/benchmarks/run.py [--device cuda] [--only NAME ...]
 
     teachers     16 LoRA teachers in one batch               against PEFT's get_peft_model, one teacher after another
     finetune     a step with all three losses                against a LoRA step with the instruction in the input
@@ -41,7 +41,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--size", default="tiny", choices=SHAPES)
-    p.add_argument("--only", choices=BENCHMARKS)
+    p.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS), metavar="NAME")
     p.add_argument("--rows", type=int, default=64, help="instances in a decoded batch")
     p.add_argument("--instances", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100], help="n of `reread`")
     p.add_argument("--rounds", type=int, default=31)
@@ -50,7 +50,7 @@ def main():
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} {platform.machine()} cores, " \
         f"{torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}, {args.size}\n\n{HEAD}", flush=True)
-    for name in [args.only] if args.only else BENCHMARKS:
+    for name in args.only:
         BENCHMARKS[name](args)
 
 

@@ -177,6 +177,14 @@ def finetune_batches(options, tagi, n_micro):
 
 # ------------------------------------------------------------------------------------------------------------- main
 
+def settle(options):
+    """Give options the values that others imply."""
+    options.encoder_fusion &= options.fusion
+    options.decoder_fusion &= options.fusion
+    if options.stage == "pretrain":                                         # Eq. 3 has no teacher
+        options.lambda_ce, options.lambda_kl, options.lambda_ins = 1.0, 0.0, 0.0
+
+
 @common.command
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -184,14 +192,11 @@ def main(argv=None):
     if stage is None:
         raise common.UserError("which stage? --stage pretrain or --stage finetune")
     options = config.parse(parser(), stage, argv)
-    options.encoder_fusion &= options.fusion
-    options.decoder_fusion &= options.fusion
+    settle(options)
     if not (options.hypernetwork or options.encoder_fusion or options.decoder_fusion):
         raise common.UserError("--no-hypernetwork with --no-fusion leaves nothing to train; drop one of them")
     if stage == "finetune" and not (options.lambda_ce or options.lambda_kl):
         raise common.UserError("--lambda-ce 0 with --lambda-kl 0 leaves no loss on the labels; drop one of them")
-    if stage == "pretrain":                                                 # Eq. 3 has no teacher
-        options.lambda_ce, options.lambda_kl, options.lambda_ins = 1.0, 0.0, 0.0
     rank, world = common.init_processes(options)
     common.run_stage(os.path.join(options.runs, options.name or stage), options, rank, world, train)
 

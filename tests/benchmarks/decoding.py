@@ -8,17 +8,19 @@ from side_by_side import SHAPES, adapt, compare, make_llm, make_tagi, note, toke
 
 
 @torch.no_grad()
+def generate(llm, n_new, **inputs):
+    return llm.generate(do_sample=False, num_beams=1, min_new_tokens=n_new, max_new_tokens=n_new, **inputs)
+
+
 def decode(llm, ids, mask, n_new, **more):
-    return llm.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, min_new_tokens=n_new,
-                        max_new_tokens=n_new, **more)
+    return generate(llm, n_new, input_ids=ids, attention_mask=mask, **more)
 
 
 @torch.no_grad()
 def decode_adapted(tagi, adapter, ids, mask, n_new):
     with tagi.adapted(adapter) as llm:
         encoded, mask = tagi.encode(ids, mask)
-        return llm.generate(encoder_outputs=encoded, attention_mask=mask, do_sample=False, num_beams=1, min_new_tokens=n_new,
-                            max_new_tokens=n_new)
+        return generate(llm, n_new, encoder_outputs=encoded, attention_mask=mask)
 
 
 def merged(args):
@@ -104,10 +106,9 @@ def regenerate(args):
 
     @torch.no_grad()
     def for_block(block, *args):
-        wrappers = lora.sites(block)
         with tagi.autocast():
             weights = lora.select(of_block[block](first, last, i_mask.bool()), index)
-        for (_, wrapper), pair in zip(wrappers.items(), weights.values(), strict=True):
+        for wrapper, pair in zip(lora.sites(block).values(), weights.values(), strict=True):
             wrapper.lora_A, wrapper.lora_B = pair
 
     def with_hooks(modules, hook):

@@ -40,11 +40,7 @@ def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool 
             run()
     for _ in range(rounds or args.rounds):
         for way, run in ways.items():
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            seconds[way].append(time.perf_counter() - start)
+            seconds[way].append(timed(run))
     medians, first = {way: statistics.median(x) for way, x in seconds.items()}, next(iter(ways))
     for way, x in seconds.items():
         low, _, high = statistics.quantiles(x, n=4)
@@ -61,6 +57,15 @@ def note(name: str, text: str) -> None:
 
 def say(line: str) -> None:
     print(line, flush=True)
+
+
+def timed(run) -> float:
+    """Seconds of one run, the GPU's work included."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def synchronize():
@@ -109,8 +114,7 @@ def make_tagi(args, *flags, llm=None) -> TAGI:
     *_, rank, alpha, targets = SHAPES[args.size]
     options = parse(train_hyper.parser(), "finetune", f"--device={args.device}", f"--rank={rank}", f"--alpha={alpha}",
                     f"--targets={targets}", *flags)
-    options.encoder_fusion &= options.fusion
-    options.decoder_fusion &= options.fusion
+    train_hyper.settle(options)
     tagi = TAGI(llm or make_llm(args), None, options)
     with torch.no_grad():
         for p in tagi.trainable().values():

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import statistics
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -27,7 +26,7 @@ import train_hyper
 from decoding import decode_adapted
 from hypernet import TAGI
 from random_t5 import random_t5
-from side_by_side import PeakMemory, adapt, random_teachers, synchronize, tokens
+from side_by_side import PeakMemory, adapt, random_teachers, timed, tokens
 from training import all_logits_at_once, random_batch, step
 
 UNITS = 60                                          # categories of Super-NaturalInstructions
@@ -38,8 +37,7 @@ def stage_options(stage, size, device, checkpointing):
     options = config.parse(train_hyper.parser(), stage, [
         f"--stage={stage}", f"--config={ROOT}/configs/sni-{size}.yaml", f"--device={device}"])
     options.checkpointing = checkpointing
-    if stage == "pretrain":
-        options.lambda_ce, options.lambda_kl, options.lambda_ins = 1.0, 0.0, 0.0
+    train_hyper.settle(options)
     return options
 
 
@@ -90,11 +88,7 @@ def memory(stage, size, device, checkpointing, chunked=True):
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(4 if cuda else 2):
-                synchronize()
-                start = time.perf_counter()
-                step(tagi, optimizer, batch, teachers)
-                synchronize()
-                seconds.append(time.perf_counter() - start)
+                seconds.append(timed(lambda: step(tagi, optimizer, batch, teachers)))
             trained = list(tagi.trainable().values())
             moments = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
             held = [size_of(tagi.llm.parameters()), size_of(w for pair in (teachers or {}).values() for w in pair),
@@ -114,21 +108,14 @@ def decoding(size, rows=16, new=128, length=512):
     args = argparse.Namespace(device="cuda")
     ids, mask = tokens(args, rows, length)
     one, each = (adapt(tagi, *tokens(args, n, options.max_instruction)) for n in (1, rows))
-    seconds = {}
 
-    def clock(name, run):
-        for n in range(4):
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-        return statistics.median(seconds[name][1:])
+    def clock(run):
+        return statistics.median([timed(run) for _ in range(4)][1:])        # the first warms up
 
-    generated = clock("generate", lambda: adapt(tagi, *tokens(args, 1, options.max_instruction)))
-    mixed = clock("mixed", lambda: decode_adapted(tagi, each, ids, mask, new))
+    generated = clock(lambda: adapt(tagi, *tokens(args, 1, options.max_instruction)))
+    mixed = clock(lambda: decode_adapted(tagi, each, ids, mask, new))
     tagi.merge(one)
-    merged = clock("merged", lambda: decode_adapted(tagi, one, ids, mask, new))
+    merged = clock(lambda: decode_adapted(tagi, one, ids, mask, new))
     print(f"| {size} | {1000 * generated:.1f} | {rows * new / merged:.0f} | {rows * new / mixed:.0f} |", flush=True)
 
 

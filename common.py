@@ -1,9 +1,11 @@
 """Plumbing that holds no science: errors in one line, processes, loading the LLM, run folders, stages, logs."""
 import argparse
 import contextlib
+import datetime
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -135,25 +137,35 @@ def init_processes(options) -> tuple[int, int]:
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+        # Ranks with LoRA teachers of their own meet only when all are done.
+        dist.init_process_group("nccl" if options.device == "cuda" else "gloo", timeout=datetime.timedelta(days=30))
     return dist.get_rank(), world
 
 
 def sum_over_ranks(values: list[float], device: str) -> list[float]:
+    if not dist.is_initialized():
+        return [float(x) for x in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
-def sum_gradients(parameters) -> None:
-    """Add up the ranks' gradients in one message; every loss was already divided by the count over all ranks."""
-    if dist.is_initialized():
-        for p in parameters:
+def sum_gradients(parameters, size: int = 2 ** 26) -> None:
+    """Add up the ranks' gradients; every loss was already divided by the count over all ranks.
+
+    A message holds the gradients of many parameters, but a copy of about `size` numbers (256 MB) at a time.
+    """
+    if not dist.is_initialized():
+        return
+    parameters = list(parameters)
+    ends = itertools.accumulate(p.numel() for p in parameters)
+    for _, group in itertools.groupby(zip(parameters, ends), key=lambda pair: pair[1] // size):
+        group = [p for p, _ in group]
+        for p in group:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        flat = torch.cat([p.grad.flatten() for p in group])
         dist.all_reduce(flat)
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+        for p, g in zip(group, flat.split([p.numel() for p in group])):
             p.grad.copy_(g.view_as(p))
 
 
@@ -337,7 +349,7 @@ def load_weights(parameters: dict, folder: str, strict: bool = True) -> dict:
 # ------------------------------------------------------------------------------------------------------------ stages
 
 # What may differ between the runs that make up a stage: it does not change the result, or is not the user's to give.
-IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage", "runs")
+IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage", "runs", "teachers_at_once")
 
 
 def run_stage(folder: str, options, rank: int, world: int, stage, ranks_share_a_batch: bool = True) -> None:

@@ -2,6 +2,7 @@
 import time
 
 import numpy as np
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,13 +11,25 @@ import data
 import lora
 
 
+def timed(run, *arguments) -> float:
+    """Seconds of one run, the GPU's work included."""
+    synchronize()
+    start = time.perf_counter()
+    run(*arguments)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def take_turns(ways, arguments, repeats, seconds):
     """Run every way `repeats` times, one after another, and append how long each took to its list."""
     for _ in range(repeats):
         for way, run in ways.items():
-            start = time.perf_counter()
-            run(*arguments)
-            seconds[way].append(time.perf_counter() - start)
+            seconds[way].append(timed(run, *arguments))
 
 
 def measure_cost(bench, demos, n=100, repeats=5, n_tasks=4):

@@ -227,6 +227,8 @@ class TAGI(nn.Module):
         weights = adapter.weights if adapter is not None and self.merged is None else None
         if weights is not None:
             weights = lora.select(weights, 0) if len(adapter) == 1 else weights
+            if not torch.is_grad_enabled():                                 # once, not at every layer and decoding step
+                weights = lora.cast(weights, self.llm.dtype)
         if self.merged is None:
             lora.set_weights(self.llm, weights)
         self.active = adapter

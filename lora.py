@@ -66,7 +66,8 @@ def inject_lora(model: nn.Module, targets, r: int, alpha: float) -> dict[str, Lo
     if missing:
         raise UserError(f"--targets: no linear layer is called {', '.join(sorted(missing))} in {type(model).__name__}; "
                         "T5 has q, k, v, o, wi, wi_0, wi_1, wo")
-    return {name: _replace(model, name, LoRALinear(linear, alpha / r)) for name, linear in found.items()}
+    model.lora_sites = {name: _replace(model, name, LoRALinear(linear, alpha / r)) for name, linear in found.items()}
+    return model.lora_sites
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -74,6 +75,7 @@ def remove_lora(model: nn.Module) -> None:
     unmerge(model)
     for name, wrapper in sites(model).items():
         _replace(model, name, wrapper.linear)
+    model.lora_sites = {}
 
 
 def _replace(model, name, module):
@@ -83,8 +85,8 @@ def _replace(model, name, module):
 
 
 def sites(model: nn.Module) -> dict[str, LoRALinear]:
-    """The wrappers in `model`, {site: wrapper}, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """The wrappers that `inject_lora` put into `model`, {site: wrapper}, in module order."""
+    return getattr(model, "lora_sites", {})         # kept there: to walk all modules at every use takes milliseconds
 
 
 def init_weights(model: nn.Module, r: int, seed: int, n: int | None = None) -> Weights:
@@ -96,8 +98,8 @@ def init_weights(model: nn.Module, r: int, seed: int, n: int | None = None) -> W
     generator, weights = torch.Generator().manual_seed(seed), {}
     for name, wrapper in sites(model).items():
         D_out, D_in = wrapper.weight.shape
-        A = torch.empty(r, D_in).uniform_(-1, 1, generator=generator) / D_in ** 0.5
-        B = torch.zeros(D_out, r)
+        A = torch.empty(r, D_in, device="cpu").uniform_(-1, 1, generator=generator) / D_in ** 0.5
+        B = torch.zeros(D_out, r, device="cpu")
         if n is not None:
             A, B = A.expand(n, -1, -1).clone(), B.expand(n, -1, -1).clone()   # (n, r, D_in), (n, D_out, r)
         weights[name] = (A.to(wrapper.weight.device), B.to(wrapper.weight.device))
@@ -120,6 +122,10 @@ def set_weights(model: nn.Module, weights: Weights | None) -> None:
 def select(weights: Weights, index) -> Weights:
     """Weights for a mixed batch: row index[n] of (K, r, D_in), (K, D_out, r) for example n; an integer drops the axis."""
     return {name: (A[index], B[index]) for name, (A, B) in weights.items()}
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    return {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in weights.items()}
 
 
 @torch.no_grad()

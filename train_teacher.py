@@ -14,6 +14,7 @@ Launch (without --stage: the stages that the config lists, in order):
 import argparse
 import dataclasses
 import os
+import shutil
 import sys
 
 import torch
@@ -187,6 +188,8 @@ def train_meta(options, rank, world):
 
 def train_lora(options, rank, world):
     """LoRA teachers on the frozen LLM, several side by side: a batch mixes them, each example uses its own weights."""
+    if options.optimizer == "adafactor":
+        raise common.UserError("--optimizer adafactor takes norms over all teachers at once; choose adamw for lora")
     folder, path = folder_of(options, "lora"), common.llm_path(options)
     llm, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
     llm.requires_grad_(False).eval()
@@ -196,8 +199,13 @@ def train_lora(options, rank, world):
     units = {}
     for task in data.training_tasks(options):
         units.setdefault(data.unit_of(task, options.unit), []).append(task)
-    names = sorted(units)
-    groups = [names[i:i + options.teachers_at_once] for i in range(0, len(names), options.teachers_at_once)]
+    names, size = sorted(units), options.teachers_at_once
+    if len(names) <= size * (world - 1):                                    # else a rank would have nothing to do
+        size = -(-len(names) // world)
+    groups = [names[i:i + size] for i in range(0, len(names), size)]
+    if len({teacher_folder(folder, name) for name in names}) < len(names):
+        raise common.UserError(f"--unit {options.unit}: two names differ only in signs that a folder's name cannot have; "
+                               "rename one")
     common.begin(folder, options, rank)
     if rank == 0:
         common.save_checkpoint(folder, options, {})                         # a rerun sees what these teachers are
@@ -219,7 +227,9 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
     weights = lora.init_weights(llm, options.rank, options.seed, len(group))   # {site: (U, r, D_in), (U, D_out, r)}
     parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
     optimizer = common.make_optimizer(parameters, options)
-    log = common.Log(folder, options, 0, rank, summed=False)                # every rank has teachers of its own
+    unfinished = os.path.join(folder, f"unfinished-{numbers[group[0]]}-{len(group)}")
+    start = common.resume(unfinished, options, parameters, optimizer)
+    log = common.Log(folder, options, start, rank, summed=False)            # every rank has teachers of its own
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     def draws_of(unit):
@@ -238,7 +248,8 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
         return ids, mask, data.labels(tokenizer, [y for d in draws for _, y in d.pairs], options.max_output, options.device)
 
-    for step in range(options.steps):
+    lora.set_weights(llm, weights)
+    for step in range(start, options.steps):
         lr = common.learning_rate(options, step)
         for g in optimizer.param_groups:
             g["lr"] = lr
@@ -247,20 +258,23 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
         total = 0.0
         for ids, mask, labels in batches:
             with autocast:
-                lora.set_weights(llm, weights)
                 logits = lora.logits(llm, ids, mask, labels)                                       # (N, C, V)
-            losses = F.cross_entropy(logits.float().mT, labels, reduction="none").view(len(group), -1).sum(1)  # (U,)
-            loss = (losses / n_tokens).sum()
+            losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+            loss = (losses.view(len(group), -1).sum(1) / n_tokens).sum()                           # over (U,)
             loss.backward()
             total += loss.detach()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log(step + 1, lr, {"loss": total / len(group)})
-        if stop.asked and step + 1 < options.steps:
+        stopping = stop.asked and step + 1 < options.steps
+        if stopping or (step + 1) % options.save_every == 0:
+            common.save_checkpoint(unfinished, options, parameters, optimizer, step + 1)
+        if stopping:
             common.leave(folder, step + 1, log)
     lora.set_weights(llm, None)
     for u, unit in enumerate(group):
         save_teacher(folder, options, unit, lora.select(weights, u))
+    shutil.rmtree(unfinished, ignore_errors=True)
     if stop.asked:                                                          # in the last step: these teachers are done
         common.leave(folder, options.steps, log)
     log.close()

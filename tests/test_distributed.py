@@ -2,11 +2,15 @@
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
 
 pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
 from stages import ROOT, process
 
+import common
 import config
 import train_teacher
 
@@ -97,3 +101,20 @@ def test_the_log_of_two_ranks_is_of_the_whole_step_not_of_one_ranks_half(finishe
     for two, row in zip(student.log("finetune"), one.log("finetune"), strict=True):
         for term in ("loss", "ce", "kl", "ins"):
             assert two[term] == pytest.approx(row[term], abs=2e-5), (term, two, row)
+
+
+def test_gradients_are_added_up_a_slice_at_a_time(monkeypatch):
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 4, 5, 1)]
+    for n, p in enumerate(parameters[:3]):
+        p.grad = torch.arange(len(p)) + 10.0 * n
+    before, messages = [p.grad.clone() for p in parameters[:3]], []
+
+    def all_reduce(flat):
+        messages.append(len(flat))
+        flat *= 2
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    common.sum_gradients(iter(parameters), size=6)
+    assert messages == [3, 4, 6]
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(parameters, before)) and parameters[3].grad.eq(0).all()

@@ -141,10 +141,11 @@ def test_a_teacher_in_a_group_is_the_teacher_trained_alone(demos, tasks, tmp_pat
                 torch.testing.assert_close(a[0], b[n], rtol=0, atol=1e-5)
 
 
-def test_a_teacher_among_sixteen_is_the_teacher_trained_alone(tasks, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--bucket-steps=4"]])
+def test_a_teacher_among_sixteen_is_the_teacher_trained_alone(tasks, tmp_path, more):
     """Twenty steps of AdamW at the paper's learning rate: gradients and moments never mix."""
     units = {f"unit{n:02}": [tasks[n % 3]] for n in range(16)}
-    flags = ("--steps=20", "--accumulate=2", "--lr=1e-4")
+    flags = ("--steps=20", "--accumulate=2", "--lr=1e-4", *more)
     group = teach(tmp_path / "group", make_llm("v1.1"), sorted(units), units, *flags)
     for n in (0, 7, 15):
         alone = teach(tmp_path / str(n), make_llm("v1.1"), [f"unit{n:02}"], units, *flags)

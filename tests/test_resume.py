@@ -102,7 +102,7 @@ def test_an_interrupted_lora_stage_keeps_finished_teachers_and_a_rerun_skips_the
         capsys.readouterr()
         cut.run("lora", *one)
     assert end.value.code == 130 and "run the same command again" in capsys.readouterr().out
-    kept = {path: path.stat().st_mtime_ns for path in cut.runs.glob("lora/*/model.safetensors")}
+    kept = {path: path.stat().st_mtime_ns for path in cut.runs.glob("lora/[!u]*/model.safetensors")}
     assert len(kept) == 2 and not cut.record("lora")["finished"]
     cut.run("lora", *one)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -110,6 +110,21 @@ def test_an_interrupted_lora_stage_keeps_finished_teachers_and_a_rerun_skips_the
     assert names == sorted(path.parent.name for path in cut.runs.glob("lora/*/model.safetensors")) and len(names) > 3
     for name in names:                                                      # and each is what it is in a group
         torch.testing.assert_close(cut.weights("lora", name), finished.weights("lora", name), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how, error", [(interrupt, SystemExit), (kill, Killed)])
+def test_teachers_under_way_go_on_where_they_were(finished, tmp_path, monkeypatch, how, error):
+    straight, cut = (finished.copy(tmp_path / name, ("meta",)) for name in ("straight", "cut"))
+    straight.run("lora", *FOUR)
+    with monkeypatch.context() as patch, pytest.raises(error):
+        at_step(patch, 3, how)
+        cut.run("lora", *FOUR)
+    assert [common.load_options(path).step for path in cut.runs.glob("lora/unfinished-*")] == [3 if how is interrupt else 2]
+    cut.run("lora", *FOUR)
+    names = sorted(path.parent.name for path in straight.runs.glob("lora/*/model.safetensors"))
+    assert names == sorted(path.parent.name for path in cut.runs.glob("lora/*/model.safetensors")) and len(names) > 3
+    assert all(same(cut.weights("lora", name), straight.weights("lora", name)) for name in names)
+    assert not list(cut.runs.glob("lora/unfinished-*"))
 
 
 def test_ctrl_c_in_the_last_step_of_a_group_of_teachers_keeps_them(finished, tmp_path, monkeypatch):

@@ -41,9 +41,10 @@ def mixed(args):
     S, _, T, C, rank, alpha, targets = SHAPES[args.size]
     plain, settings = make_llm(args), peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","),
                                                       init_lora_weights=False)
-    peft_llm = peft.get_peft_model(make_llm(args), settings, adapter_name="task0")
+    of_llms_type = {"autocast_adapter_dtype": False}                        # bf16 with a GPU, as ours
+    peft_llm = peft.get_peft_model(make_llm(args), settings, adapter_name="task0", **of_llms_type)
     for n in range(1, 16):
-        peft_llm.add_adapter(f"task{n}", settings)
+        peft_llm.add_adapter(f"task{n}", settings, **of_llms_type)
     peft_llm.eval()
     students = {name: make_tagi(args, *flags).requires_grad_(False)
                 for name, flags in (("no fusion", ["--no-fusion"]), ("with fusion", []))}
@@ -108,7 +109,8 @@ def regenerate(args):
     def for_block(block, *args):
         with tagi.autocast():
             weights = lora.select(of_block[block](first, last, i_mask.bool()), index)
-        for wrapper, pair in zip(lora.sites(block).values(), weights.values(), strict=True):
+        for site, pair in weights.items():
+            wrapper = lora.sites(tagi.llm)[site]
             wrapper.lora_A, wrapper.lora_B = pair
 
     def with_hooks(modules, hook):

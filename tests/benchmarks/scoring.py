@@ -42,9 +42,9 @@ WORDS = "yes no maybe never always true false neither".split()
 @torch.no_grad()
 def ranking(args):
     """Answer choices of a row that share its encoder pass, beside one pass a choice; eight rows of 1 000 tokens."""
-    llm = random_t5("smoke").eval()
+    llm = random_t5("smoke").eval().to(args.device)
     tokenizer = train_tokenizer([" ".join(WORDS)] * 100, 150)
-    ids = torch.randint(3, 100, (8, 1000))
+    ids = torch.randint(3, 100, (8, 1000), device=args.device)
     mask = torch.ones_like(ids)
 
     def one_by_one(choices):
@@ -52,14 +52,14 @@ def ranking(args):
         scores = []
         for n, row in enumerate(choices):
             for choice in row:
-                labels = data.labels(tokenizer, [choice], 64)
+                labels = data.labels(tokenizer, [choice], 64, args.device)
                 logits = llm(input_ids=ids[n:n + 1], attention_mask=mask[n:n + 1], labels=labels).logits
                 scores.append(-F.cross_entropy(logits[0], labels[0], reduction="sum").item())
         return scores
 
     def one_batch(choices):
         owner = torch.tensor(rank.owner_of(choices))
-        labels = data.labels(tokenizer, [choice for row in choices for choice in row], 64)
+        labels = data.labels(tokenizer, [choice for row in choices for choice in row], 64, args.device)
         logits = llm(input_ids=ids[owner], attention_mask=mask[owner], labels=labels).logits
         return (-F.cross_entropy(logits.mT, labels, reduction="none").sum(1)).tolist()
 

@@ -1,6 +1,5 @@
 """What every benchmark shares: ways that take turns, the table's lines, models of random weights."""
 import statistics
-import time
 import weakref
 from unittest import mock
 
@@ -15,6 +14,7 @@ import common
 import config
 import lora
 import train_hyper
+from cost import timed
 from hypernet import TAGI
 from random_t5 import random_t5
 
@@ -28,19 +28,17 @@ HEAD = "| benchmark | way | ms, median | middle half | time | GFLOP | FLOPs |\n|
 def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool = True, show: bool = True) -> dict:
     """Print a line for every way, {name: function}; the first is the one that times and FLOPs are relative to.
 
-    The ways take turns for `rounds` rounds after one that warms up and counts FLOPs. Returns {way: median seconds}.
+    FLOPs are counted in a round of its own; another warms up; in `rounds` more the ways take turns and are timed. Returns
+    {way: median seconds}.
     """
     seconds, flops = {way: [] for way in ways}, {}
-    for way, run in ways.items():
-        if count:                                   # the counter does not know a CPU's flash attention
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                run()
-            flops[way] = counter.get_total_flops()
-        else:
+    for way, run in ways.items() if count else ():  # the counter does not know a CPU's flash attention
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             run()
-    for _ in range(rounds or args.rounds):
+        flops[way] = counter.get_total_flops()
+    for n in range(1 + (rounds or args.rounds)):
         for way, run in ways.items():
-            seconds[way].append(timed(run))
+            seconds[way] += [timed(run)] * (n > 0)
     medians, first = {way: statistics.median(x) for way, x in seconds.items()}, next(iter(ways))
     for way, x in seconds.items():
         low, _, high = statistics.quantiles(x, n=4)
@@ -57,20 +55,6 @@ def note(name: str, text: str) -> None:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def timed(run) -> float:
-    """Seconds of one run, the GPU's work included."""
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class PeakMemory(TorchDispatchMode):
@@ -109,13 +93,13 @@ def parse(parser, section, *flags):
         return config.parse(parser, section, [f"--stage={section}", *flags])
 
 
-def make_tagi(args, *flags, llm=None) -> TAGI:
+def make_tagi(args, *flags) -> TAGI:
     """A student of random weights, its B not zero, as train_hyper.py would make it."""
     *_, rank, alpha, targets = SHAPES[args.size]
     options = parse(train_hyper.parser(), "finetune", f"--device={args.device}", f"--rank={rank}", f"--alpha={alpha}",
                     f"--targets={targets}", *flags)
     train_hyper.settle(options)
-    tagi = TAGI(llm or make_llm(args), None, options)
+    tagi = TAGI(make_llm(args), None, options)
     with torch.no_grad():
         for p in tagi.trainable().values():
             p += 0.01 * torch.randn_like(p)

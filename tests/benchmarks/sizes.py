@@ -8,6 +8,7 @@ those in use at the same time are added up. That leaves out what a kernel needs 
 """
 import argparse
 import contextlib
+import gc
 import statistics
 import sys
 from pathlib import Path
@@ -43,11 +44,11 @@ def stage_options(stage, size, device, checkpointing):
 
 def make(options, size, device):
     """(student of random weights, teachers, optimizer, batch) of one training stage."""
-    torch.set_default_dtype(torch.bfloat16 if options.precision == "bf16" else torch.float32)
     with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16 if options.precision == "bf16" else torch.float32)
         llm = random_t5(size).eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    tagi = TAGI(llm, None, options)
+        torch.set_default_dtype(torch.float32)
+        tagi = TAGI(llm, None, options)
     if options.checkpointing:
         lora.checkpoint_blocks(llm, tagi.repetition)
     args = argparse.Namespace(device=device)
@@ -104,7 +105,7 @@ def memory(stage, size, device, checkpointing, chunked=True):
 def decoding(size, rows=16, new=128, length=512):
     """A line: adapter generation, and tokens a second of 16 rows of 512 tokens with 128 new ones each."""
     options = stage_options("finetune", size, "cuda", False)
-    tagi, *_ = make(options, size, "cuda")
+    tagi = make(options, size, "cuda")[0]
     args = argparse.Namespace(device="cuda")
     ids, mask = tokens(args, rows, length)
     one, each = (adapt(tagi, *tokens(args, n, options.max_instruction)) for n in (1, rows))
@@ -117,6 +118,13 @@ def decoding(size, rows=16, new=128, length=512):
     tagi.merge(one)
     merged = clock(lambda: decode_adapted(tagi, one, ids, mask, new))
     print(f"| {size} | {1000 * generated:.1f} | {rows * new / merged:.0f} | {rows * new / mixed:.0f} |", flush=True)
+
+
+def free():
+    """A model's hooks refer to the model: only the garbage collector gives its memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main():
@@ -135,11 +143,15 @@ def main():
                 memory(stage, size, args.device, *how)
             except torch.OutOfMemoryError:
                 print(f"| {title(stage, size, *how)} | out of memory | | | | | | |", flush=True)
-                torch.cuda.empty_cache()
+            free()
     if args.device == "cuda":
         print("\n| | ms an adapter | tokens a second, merged | tokens a second, mixed |\n|---|--:|--:|--:|")
         for size in args.sizes:
-            decoding(size)
+            try:
+                decoding(size)
+            except torch.OutOfMemoryError:
+                print(f"| {size} | out of memory | | |", flush=True)
+            free()
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ def parser():
     g.add_argument("--stage", choices=["base", "meta", "lora"], help="one stage; default: those of --stages")
     g.add_argument("--name", help="folder under --runs; default: the stage's name")
     config.add_training_options(p, steps=10_000)
-    g.add_argument("--compile", default=False, help="torch.compile of the LLM: a minute at the start (and a C++ compiler "
-                   "on a CPU) for faster steps", **config.flag)
+    g = p.add_argument_group("base and meta")
+    g.add_argument("--compile", default=False, help="torch.compile of the LLM: minutes at the start, and a C++ compiler on a "
+                   "CPU; the benchmark `compiling` shows what it gains", **config.flag)
     g = p.add_argument_group("base (only --model tiny)")
     g.add_argument("--text", help="plain text, one document a line; default: --data's corpus.txt")
     g.add_argument("--text-length", type=config.at_least(3), default=128, help="tokens of a document used at a time")
@@ -81,20 +82,15 @@ def save_llm(folder, options, llm, tokenizer, **kwargs):
     common.save_checkpoint(folder, options, dict(llm.named_parameters()), **kwargs)
 
 
-def speed_up(llm, options):
-    """--checkpointing or --compile. Texts differ in length, so one program has to serve all shapes."""
+def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
+    """Train all weights of the LLM on `get_batch(step, micro) -> (ids, mask, labels)`; stages base and meta."""
+    llm.to(options.device).train()
     if options.checkpointing and options.compile:
         raise common.UserError("--compile does not work with --checkpointing; choose one of them")
     if options.checkpointing:
         lora.checkpoint_blocks(llm)
     if options.compile:
-        llm.compile(dynamic=True)
-
-
-def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
-    """Train all weights of the LLM on `get_batch(step, micro) -> (ids, mask, labels)`; stages base and meta."""
-    llm.to(options.device).train()
-    speed_up(llm, options)
+        llm.compile(dynamic=True)                                           # texts differ in length: one program for all
     parameters = dict(llm.named_parameters())
     optimizer = common.make_optimizer(parameters, options)
     start = common.resume(folder, options, parameters, optimizer)
@@ -195,7 +191,8 @@ def train_lora(options, rank, world):
     llm.requires_grad_(False).eval()
     options.llm_fingerprint = common.fingerprint(llm)
     lora.inject_lora(llm, options.targets.split(","), options.rank, options.alpha)
-    speed_up(llm, options)
+    if options.checkpointing:
+        lora.checkpoint_blocks(llm)
     units = {}
     for task in data.training_tasks(options):
         units.setdefault(data.unit_of(task, options.unit), []).append(task)

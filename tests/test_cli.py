@@ -165,7 +165,7 @@ def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, term
 
 
 @pytest.mark.parametrize("stage, flags", [("meta", ["--checkpointing"]), ("lora", ["--checkpointing"]),
-                                          ("finetune", ["--checkpointing"]), ("meta", ["--compile"]), ("lora", ["--compile"])])
+                                          ("finetune", ["--checkpointing"]), ("meta", ["--compile"])])
 def test_checkpointing_and_compiling_train_the_same(project, stage, flags, monkeypatch):
     """Against the fixture's stage: the same losses, the second of which is after a step. Weights too, but for meta, whose Muon
     makes much of rounding. The compiler traces only: code made of it would take minutes."""

@@ -3,6 +3,7 @@
     teachers     16 LoRA teachers in one batch               against PEFT's get_peft_model, one teacher after another
     finetune     a step with all three losses                against a LoRA step with the instruction in the input
     logits       the losses' logits in chunks                against all at once
+    compiling    a training step by torch.compile            against without (on a CPU it needs a C++ compiler)
     padding      finetuning's batches sorted by length       against as they are drawn (TAGI_DATA)
     merged       decoding with one task merged               against plain T5
     mixed        a batch of 16 tasks, each its own adapter   against plain T5, and PEFT's adapter_names=
@@ -14,7 +15,7 @@
 Models have random weights: --size tiny is the built-in suite's but for 593 words, base T5 v1.1 Base; `logits` has layers of its
 own, `ranking` a model of its own, `rouge_l` runs on the CPU. Times are medians and the middle half of the rounds, after one of
 warm-up; FLOPs are counted by PyTorch; both columns with an x are relative to the benchmark's first way. MB at the peak are of
-the tensors that the step makes, without the model. `teachers` ends with torch.compile, which needs a C++ compiler on a CPU.
+the tensors that the step makes, without the model.
 PEFT and rouge_score come from tests/requirements.txt. sizes.py beside this file is about the paper's model sizes.
 """
 import argparse
@@ -37,8 +38,8 @@ import training
 from side_by_side import HEAD, SHAPES
 
 BENCHMARKS = {f.__name__: f for f in (
-    training.teachers, training.finetune, training.logits, training.padding, decoding.merged, decoding.mixed, decoding.reread,
-    decoding.regenerate, scoring.rouge_l, scoring.ranking)}
+    training.teachers, training.finetune, training.logits, training.compiling, training.padding, decoding.merged, decoding.mixed,
+    decoding.reread, decoding.regenerate, scoring.rouge_l, scoring.ranking)}
 
 
 def main():

@@ -34,17 +34,15 @@ def teachers(args):
             sample.write_suite(suite)
     tasks = {task.name: [task] for task in data.load_sni(suite, "train", 40)[:units]}
     tokenizer, names = train_teacher.load_tokenizer(f"{suite}/tokenizer"), sorted(tasks)
-    ours, compiled, plain = (make_llm(args) for _ in range(3))
-    for llm in (ours, compiled):
-        lora.inject_lora(llm, targets.split(","), rank, alpha)
-    compiled.compile(dynamic=True)
+    ours, plain = make_llm(args), make_llm(args)
+    lora.inject_lora(ours, targets.split(","), rank, alpha)
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), lora_dropout=0.0)
     model = peft.get_peft_model(plain, settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def at_once(options, llm=ours):
+    def at_once(options):
         with mock.patch.object(common, "Log"), mock.patch.object(train_teacher, "save_teacher"):
-            train_teacher.train_teachers("", options, llm, tokenizer, names, tasks, mock.Mock(asked=0), 0)
+            train_teacher.train_teachers("", options, ours, tokenizer, names, tasks, mock.Mock(asked=0), 0)
 
     def one_after_another(options):
         for n, name in enumerate(names):
@@ -71,8 +69,6 @@ def teachers(args):
         rates = [f"{way} {units * steps / x:.0f}" for way, x in seconds.items()]
         a, b = seconds.values()
         note(name, f"teacher-steps a second: {', '.join(rates)}: {a / b:.1f}x")
-    compare(f"{name}, --compile", args, {"without": lambda: at_once(options), "with": lambda: at_once(options, compiled)},
-            rounds=max(3, args.rounds // 3), count=False)
 
 
 def finetune(args):
@@ -129,6 +125,25 @@ def logits(args):
     name, ways = f"logits of {M} positions", {"all at once": at_once, "in chunks": chunked}
     compare(name, args, ways, rounds=5)
     note(name, "MB at the peak: " + ", ".join(f"{way} {peak_memory(run, args.device):.0f}" for way, run in ways.items()))
+
+
+def compiling(args):
+    """The LLM's own training, forwards and backwards over 48 rows of eight lengths, with and without torch.compile."""
+    S, _, T, C, *_ = SHAPES[args.size]
+    batches = [(*tokens(args, 48, S + T - n), tokens(args, 48, C)[0]) for n in range(8)]
+    ways = {}
+    for name in ("without", "with"):
+        llm = make_llm(args).requires_grad_(True).train()
+        if name == "with":
+            llm.compile(dynamic=True)
+
+        def train(llm=llm):
+            for ids, mask, labels in batches:
+                F.cross_entropy(lora.logits(llm, ids, mask, labels).flatten(0, 1), labels.flatten()).backward()
+                llm.zero_grad()
+
+        ways[name] = train
+    compare("torch.compile", args, ways, rounds=9, count=False)
 
 
 def padding(args):

@@ -125,6 +125,7 @@ def select(weights: Weights, index) -> Weights:
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The same weights in another dtype, each of its shape."""
     return {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in weights.items()}
 
 

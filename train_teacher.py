@@ -224,7 +224,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
     weights = lora.init_weights(llm, options.rank, options.seed, len(group))   # {site: (U, r, D_in), (U, D_out, r)}
     parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
     optimizer = common.make_optimizer(parameters, options)
-    unfinished = os.path.join(folder, f"unfinished-{numbers[group[0]]}-{len(group)}")
+    unfinished = os.path.join(folder, f"unfinished-{common.digest(repr(group))}")           # of just these teachers
     start = common.resume(unfinished, options, parameters, optimizer)
     log = common.Log(folder, options, start, rank, summed=False)            # every rank has teachers of its own
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
@@ -263,11 +263,10 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log(step + 1, lr, {"loss": total / len(group)})
-        stopping = stop.asked and step + 1 < options.steps
-        if stopping or (step + 1) % options.save_every == 0:
+        if step + 1 < options.steps and (stop.asked or (step + 1) % options.save_every == 0):
             common.save_checkpoint(unfinished, options, parameters, optimizer, step + 1)
-        if stopping:
-            common.leave(folder, step + 1, log)
+            if stop.asked:
+                common.leave(folder, step + 1, log)
     lora.set_weights(llm, None)
     for u, unit in enumerate(group):
         save_teacher(folder, options, unit, lora.select(weights, u))

@@ -3,6 +3,7 @@ import filecmp
 import json
 import os
 import random
+import re
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import sample
 
-SPLITS = ("train", "validation", "test", "test_unseen_wording")
+SPLITS = ("train", "validation", "test", "validation_unseen_wording", "test_unseen_wording")
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def tokenizer(root):
 
 
 def words(texts):
-    return {word for text in texts for word in text.split()}
+    return {word.lower() for word in sample.pieces_of(texts)}
 
 
 def texts_of(entry):
@@ -64,7 +65,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_suite(root,
 
 def test_splits_are_disjoint_and_have_their_sizes(suite, root):
     assert len(suite["train"]) >= 400 and len(suite["validation"]) >= 20 and len(suite["test"]) >= 40
-    assert list(suite["test_unseen_wording"]) == [n + "_reworded" for n in suite["test"]]
+    for split in ("validation", "test"):
+        assert list(suite[split + "_unseen_wording"]) == [n + "_reworded" for n in suite[split]]
     names = [n for s in SPLITS for n in suite[s]]
     assert len(set(names)) == len(names) == len(os.listdir(root / "tasks"))
     assert len({e["Categories"][0] for e in suite["test"].values()}) >= 6
@@ -74,7 +76,7 @@ def test_instances_are_distinct_and_no_demonstration_is_among_them(suite):
     for split in SPLITS:
         for entry in suite[split].values():
             inputs = [i["input"] for i in entry["Instances"]]
-            assert len(inputs) == (50 if split == "train" else 25)
+            assert len(inputs) == (64 if split == "train" else 25)
             shown = [e["input"] for e in entry["Positive Examples"]]
             assert len(shown) == len(entry["Negative Examples"]) == 2
             assert len(set(inputs + shown)) == len(inputs) + 2
@@ -84,8 +86,8 @@ def test_instances_are_distinct_and_no_demonstration_is_among_them(suite):
 @pytest.mark.parametrize("seed", range(12))
 def test_no_combination_of_a_held_out_task_is_in_training(seed):
     split = sample.split_tasks(random.Random(seed))
-    assert [len(split[s]) >= n for s, n in (("train", 400), ("validation", 20), ("test", 40))] == [True] * 3
-    taught = set(map(sample.combination, split["train"]))
+    assert [len(split[s]) >= n for s, n in (("train", 1000), ("validation", 40), ("test", 60))] == [True] * 3
+    taught = set().union(*map(sample.parts_of, split["train"]))
     held = split["validation"] + split["test"]
     assert not any(sample.combination(task) in taught for task in held)
     assert len(set(map(sample.combination, held))) == len(held)
@@ -111,21 +113,25 @@ def test_definitions_are_many_and_belong_to_one_task_each(suite):
 
 
 def test_unseen_wordings_use_known_words_in_patterns_no_other_task_has(suite):
-    patterns = {f"{o} {a}" for o in sample.OPENINGS for a in sample.ASKS + sample.CLASS_ASKS}
-    assert not patterns & {*sample.UNSEEN_ASKS, *sample.UNSEEN_CLASS_ASKS}
-    seen = {d for s in SPLITS[:3] for e in suite[s].values() for d in e["Definition"]}
-    unseen = {d for e in suite["test_unseen_wording"].values() for d in e["Definition"]}
-    assert not seen & unseen
-    trained = words(d for e in suite["train"].values() for d in e["Definition"])
-    assert words(unseen) <= trained
-    for name, entry in suite["test"].items():
-        assert {**suite["test_unseen_wording"][name + "_reworded"], "Definition": 0} == {**entry, "Definition": 0}
+    """Their patterns are no parts of those that training definitions are put together from."""
+    seen = {d.lower() for s in SPLITS[:3] for e in suite[s].values() for d in e["Definition"]}
+    for split in ("validation", "test"):
+        unseen = {d for e in suite[split + "_unseen_wording"].values() for d in e["Definition"]}
+        assert not seen & {d.lower() for d in unseen}
+        assert words(unseen) <= words(d for e in suite["train"].values() for d in e["Definition"])
+        for name, entry in suite[split].items():
+            assert {**suite[split + "_unseen_wording"][name + "_reworded"], "Definition": 0} == {**entry, "Definition": 0}
+    patterns = sample.TABLES["unseen_asks"] + sample.TABLES["unseen_class_asks"]
+    assert not set(patterns) & {o + a for o in ["", *sample.TABLES["openings"]] for a in sample.TABLES["class_asks"]}
+    built = re.compile("|".join(re.escape(c) + "[.?]?" + re.escape(t) + "[.?]?" for c in sample.TABLES["cores"]
+                                for t in sample.TABLES["tails"]))
+    assert not any(built.fullmatch(pattern) for pattern in patterns)
 
 
 def test_every_pair_of_slots_occurs_in_several_sentences():
     for a in sample.SLOTS:
         for b in sample.SLOTS:
-            assert sum("{%s}" % a in t and "{%s}" % b in t for t in sample.EVENTS) >= 2, (a, b)
+            assert sum("{%s}" % a in t and "{%s}" % b in t for t in sample.TABLES["events"]) >= 2, (a, b)
 
 
 def test_answers_are_the_slots_of_the_input():
@@ -134,17 +140,41 @@ def test_answers_are_the_slots_of_the_input():
         for record, output in sample.draw_examples(rng, task, 3)[1]:
             for operand in task.operands:
                 if operand in sample.SLOTS:  # the one value of that slot that the text holds
-                    held = [w for w in record.text.split() if w in sample.SLOTS[operand][1]]
-                    assert len(held) == 1 and held[0] in output.split()
+                    held = [w for w in sample.pieces_of([record.text]) if w in sample.SLOTS[operand][1]]
+                    assert len(held) == 1 and held[0] in sample.pieces_of([output])
 
 
 def test_known_answers():
-    record = sample.Record("dog , Paris , red , seven .",
-                           {"animal": "dog", "city": "Paris", "colour": "red", "number": "seven"})
-    for operands, form, output in ((("number", "city"), "plus", "seven plus Paris"), (("country",), "quotes", '" France "'),
+    record = sample.Record("dog, Paris, red, seven.", {"animal": "dog", "city": "Paris", "colour": "red", "number": "seven",
+                                                      "first": "dog", "second": "Paris", "third": "red", "last": "seven"})
+    for operands, form, output in ((("number", "city"), "plus", "seven plus Paris"), (("country",), "quotes", '"France"'),
                                    (("young",), "thrice", "puppy puppy puppy"), (("europe",), "up_down", "up"),
-                                   (("wild",), "yes_no", "no"), (("colour", "next_number"), "comma", "red , eight")):
+                                   (("wild",), "yes_no", "no"), (("wild",), "no_yes", "yes"), (("last",), "stars", "*seven*"),
+                                   (("colour", "next_number"), "comma", "red, eight"), (("previous_number",), "plain", "six"),
+                                   (("second", "animal", "language"), "dash", "Paris - dog - French")):
         assert sample.answer(sample.Task("", "list", operands, form), record) == output
+    in_lower_case = sample.Record(record.text.lower(), record.facts, lower=True)
+    assert sample.answer(sample.Task("", "list", ("city", "country"), "and"), in_lower_case) == "paris and france"
+
+
+def test_positions_are_those_of_the_list():
+    rng = random.Random(5)
+    for _ in range(50):
+        record = sample.make_record(rng, "list", ("fourth",))
+        items = record.text.removesuffix(".").split(", ")
+        assert [record.facts[p] for p in sample.POSITIONS] == [*items[:4], items[-1]]
+
+
+def test_training_inputs_are_varied_and_those_of_the_other_splits_are_not(suite):
+    for split in SPLITS:
+        inputs = [i["input"] for e in suite[split].values() for i in e["Instances"]]
+        lower, unended = sum(x == x.lower() for x in inputs), sum(not x.endswith(".") for x in inputs)
+        if split == "train":
+            assert 0.1 < lower / len(inputs) and 0.1 < unended / len(inputs) < 0.2
+        else:
+            assert unended == 0
+            sentences = [i["input"] for n, e in suite[split].items() if "sentence" in n for i in e["Instances"]]
+            assert not any(x == x.lower() for x in sentences)
 
 
 def test_negative_examples_are_wrong(suite):
@@ -163,38 +193,50 @@ def test_copying_scores_next_to_nothing(suite):
         assert classes <= 0.12 * len(suite[split])
 
 
-def test_corpus_has_the_words_of_definitions_but_no_definition(suite, corpus):
-    assert len(corpus) == sample.DOCUMENTS and 30 < sum(len(d.split()) for d in corpus) / len(corpus) < 60
-    definitions = [d for s in SPLITS for e in suite[s].values() for d in e["Definition"]]
+def test_corpus_has_no_definition_but_bare_questions(suite, corpus):
+    """A document may ask what a task asks for that wants one word alone (see sample.py); nothing beyond that."""
+    assert len(corpus) == sample.DOCUMENTS and 20 < sum(len(d.split()) for d in corpus) / len(corpus) < 60
     text = "\n".join(corpus)
-    assert words(definitions) <= words(corpus)
-    assert not any(d in text for d in definitions)
+    definitions = {d for s in SPLITS for n, e in suite[s].items() for d in e["Definition"] if "_plain" not in n}
+    assert len(definitions) > 15000 and not any(d in text for d in definitions)
 
 
 def test_no_document_asks_two_questions_in_a_row(corpus):
     assert not any("? What is" in line for line in corpus)
 
 
-def test_tokenizer_equals_sentencepiece_and_knows_every_word(root, suite, corpus, tokenizer):
-    import sentencepiece
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(root / "tokenizer" / "spiece.model"))
+def test_the_tokenizer_knows_every_word_of_the_suite_as_one_piece(suite, corpus, tokenizer):
     texts = corpus + sorted({t for s in SPLITS for e in suite[s].values() for t in texts_of(e)})
-    ids = tokenizer(texts, add_special_tokens=False).input_ids
-    assert ids == pieces.encode(texts)
-    assert all(tokenizer.unk_token_id not in row for row in ids)
-    assert all(len(row) == len(text.split()) for row, text in zip(ids, texts))  # one piece a word
+    rows = tokenizer(texts, add_special_tokens=False).input_ids
+    assert all(tokenizer.unk_token_id not in row for row in rows)
+    assert all(tokenizer.convert_ids_to_tokens(row) == re.findall(r"(?i:n't)|'\w+|(?:(?!(?i:n't))\w)+|[^\w\s]", text)
+               for row, text in zip(rows, texts))
 
 
-def test_tokenizer_has_t5s_special_tokens_and_takes_the_usual_prompt(tokenizer):
+def test_the_tokenizer_has_t5s_special_tokens_and_takes_the_usual_prompt(tokenizer):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
-    assert 400 <= len(tokenizer) <= 650
-    assert tokenizer("lamp").input_ids[-1] == 1
-    sentinels = tokenizer.convert_tokens_to_ids([f"<extra_id_{i}>" for i in range(sample.EXTRA_IDS)])
-    assert sentinels == list(range(len(tokenizer) - 1, len(tokenizer) - 1 - sample.EXTRA_IDS, -1))
-    assert tokenizer("Anna <extra_id_0> red", add_special_tokens=False).input_ids[1] == sentinels[0]
-    prompt = ("Definition: Write the city twice.\n\n Positive Example 1 -\nInput: Rome , dog .\n Output: Rome Rome.\n\n"
-              "Now complete the following example -\nInput: seven , Lima .\nOutput: ")
-    assert len(tokenizer(prompt, add_special_tokens=False).input_ids) == len(prompt.split()) + 2  # two attached full stops
+    assert len(tokenizer) == len(sample.vocabulary()) < 2100
+    assert tokenizer("lamp").input_ids == [tokenizer.get_vocab()["lamp"], 1]
+    prompt = ("Definition: Write the city twice.\n\n Positive Example 1 -\nInput: Rome, dog.\n Output: Rome Rome.\n\n"
+              "Now complete the following example -\nInput: seven, Lima.\nOutput: ")
+    assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids
+
+
+def test_spaces_around_punctuation_and_typographic_signs_make_no_difference(tokenizer):
+    plain = tokenizer("Don't write \"Paris\", it's [Rome]: the animal's young!").input_ids
+    assert tokenizer.unk_token_id not in plain
+    for text in ("Don't write \" Paris \" , it's [ Rome ] : the animal's young !", "Don’t write “Paris”,it’s [Rome]:the animal’s young !"):
+        assert tokenizer(text).input_ids == plain
+    words = [w for table in ("slots", "function_words") for text in sample.strings(sample.TABLES[table]) for w in sample.pieces_of([text])]
+    for word in words:
+        assert tokenizer.unk_token_id not in tokenizer(f"{word} {word.lower()} {word.capitalize()}").input_ids, word
+    asked = sample.pieces_of(sample.strings(sample.TABLES["cores"]))
+    assert tokenizer.unk_token_id not in tokenizer(" ".join(asked).upper().replace("N'T", "")).input_ids
+
+
+def test_fillers_are_no_words_that_mean_something_in_a_definition():
+    assert len(sample.FILLERS) > 200
+    assert not {"city", "first", "twice", "not", "no", "quotes", "comma", "wild", "then", "yes", "day", "word"} & set(sample.FILLERS)
 
 
 def test_decoding_gives_back_the_answers(suite, tokenizer):

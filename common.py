@@ -147,11 +147,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(stack: torch.Tensor) -> torch.Tensor:
-    """For each of n matrices, (n, a, b), about U·Vᵀ of its U·S·Vᵀ, with singular values between 0.7 and 1.2.
+    """For each of n matrices, (n, a, b), about U·Vᵀ of its U·S·Vᵀ: five steps of Newton and Schulz, on a GPU in bf16.
 
-    Five steps of Newton and Schulz with Muon's coefficients, on a GPU in bf16.
+    With Muon's coefficients every singular value above a hundredth of the matrix's norm ends between 0.68 and 1.21.
     """
-    x = stack.bfloat16() if stack.is_cuda else stack.float()
+    x = stack.bfloat16() if stack.is_cuda else stack
     x = x.mT if stack.shape[-2] > stack.shape[-1] else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)              # no singular value above 1
     for _ in range(5):

@@ -197,7 +197,9 @@ def ask_class(rng, task, ask, noun):
     the_slot = f"the {rng.choice(SLOTS[slot][0])}"
     question = question.format(s=the_slot)
     p, q = LABELS[task.form]
-    return ask.format(n=noun, c=f"{the_slot} {said}", d=f"{the_slot} {opposite}", s=question,
+    if ask in TABLES["class_questions"]:
+        p, q = rng.choice([(p, q), (q, p)])
+    return ask.format(n=noun, c=f"{the_slot} {said}", d=f"{the_slot} {opposite}", s=question, P=p.capitalize(),
                       S=question[0].upper() + question[1:], p=p, q=q)
 
 
@@ -216,7 +218,8 @@ def define(rng, task, ask=None):
     """One definition of `task`: in the sentence pattern `ask`, or in one that is put together for it."""
     noun = rng.choice(TABLES["input_nouns"][task.source])
     if task.form in LABELS:
-        text = ask_class(rng, task, ask or rng.choice(TABLES["class_asks"]), noun)
+        obvious = task.form in TABLES["obvious_labels"] and rng.random() < 0.35
+        text = ask_class(rng, task, ask or rng.choice(TABLES["class_questions" if obvious else "class_asks"]), noun)
     else:
         x = [operand_phrase(rng, operand) for operand in task.operands]
         x = x[0] if len(x) == 1 else rng.choice(IN_ORDER[len(x)]).format(*x)
@@ -282,6 +285,7 @@ def candidates(category):
         "List Positions": ("list", [(p,) for p in POSITIONS], FORMATS),
         "Position Pairs": ("list", list(itertools.permutations(POSITIONS, 2)), JOINERS),
         "Text Classification": ("sentence", [(a,) for a in ATTRIBUTES], LABELS),
+        "List Classification": ("list", [(a,) for a in ATTRIBUTES], LABELS),
     }[category]
     return [Task(category, source, ops, form) for ops in operands for form in forms]
 
@@ -374,6 +378,12 @@ def task_file(rng, name, task, split, taken=()):
     }
 
 
+def as_question(rng, attribute):
+    slot, _, _, question, _ = ATTRIBUTES[attribute]
+    question = question.format(s=f"the {rng.choice(SLOTS[slot][0])}")
+    return f"{question[0].upper()}{question[1:]}?"
+
+
 def document(rng):
     """One document of the corpus (see the top of this file)."""
     source = rng.choice(("sentence", "sentence", "list"))
@@ -387,7 +397,9 @@ def document(rng):
     asked, told = [], []
     for operand in rng.sample(known, min(len(known), rng.randint(2, 4))):
         question, reply = f"What is {operand_phrase(rng, operand)}?", f"{value_of(operand, record)}."
-        if operand in ATTRIBUTES or rng.random() < 0.5:
+        if operand in ATTRIBUTES and rng.random() < 0.5:
+            told.append(f"{as_question(rng, operand)} {'yes' if value_of(operand, record) else 'no'}.")
+        elif operand in ATTRIBUTES or rng.random() < 0.5:
             told.append(f"Here {statement(rng, operand, record)}.")
         elif asked:
             told.append(f"{question} {reply}")

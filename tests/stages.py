@@ -30,7 +30,7 @@ import train_teacher
 STAGES = ("base", "meta", "lora", "pretrain", "finetune")
 MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher,
            "pretrain": train_hyper, "finetune": train_hyper, "evaluate": evaluate}
-KEPT = {"train": 12, "validation": 3, "test": 3, "test_unseen_wording": 3}                 # tasks of each split
+KEPT = {"train": 12, "validation": 3, "test": 3, "validation_unseen_wording": 3, "test_unseen_wording": 3}
 
 
 def write_suite(root: Path) -> None:
@@ -51,11 +51,12 @@ def write_suite(root: Path) -> None:
 def write_config(path: Path, data: Path, runs: Path) -> None:
     """configs/sample.yaml with everything small: the same keys and stages, two steps each."""
     config = yaml.safe_load((ROOT / "configs" / "sample.yaml").read_text())
-    config |= {"data": str(data), "runs": str(runs), "rank": 2, "alpha": 2, "max_output": 4, "threads": 1}
+    config |= {"data": str(data), "runs": str(runs), "rank": 2, "alpha": 2, "max_output": 4, "threads": 1,
+               "meta_model": None, "stages": ["base", "meta", "lora"]}        # all of it is trained here
     for stage in STAGES:
         config[stage] |= {"steps": 2, "tasks": 4, "log_every": 1}
     text = {"text": str(data / "corpus.txt"), "text_length": 24}
-    config["base"] |= text | {"width": 16, "ff": 16}
+    config["base"] |= text | {"width": 16, "layers": 2, "ff": 16}
     config["pretrain"] |= text | {"width": 16, "bottleneck": 16}
     config["lora"]["teachers_at_once"] = 16                             # all in one group
     config["finetune"] |= {"width": 16, "bottleneck": 16, "tasks": 3}

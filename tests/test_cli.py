@@ -93,7 +93,7 @@ def test_an_llm_of_a_stage_loads_with_transformers_auto_classes(finished, stage)
     for name, saved in finished.weights(stage).items():
         assert torch.equal(llm.state_dict()[name], saved), name
     assert not torch.equal(llm.lm_head.weight, llm.shared.weight)
-    text = "Anna went to Paris on Monday ."
+    text = "Anna went to Paris on Monday."
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == text and ids.max() < llm.config.vocab_size
     assert llm.generate(ids, max_new_tokens=3).shape[0] == 1

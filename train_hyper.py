@@ -330,10 +330,12 @@ def start_from_pretrained(options, parameters):
     if not common.is_finished(folder):
         raise common.UserError(f"{folder} is not there or not finished; first run python train_hyper.py --stage pretrain"
                                f"{common.config_flag(options)}, or start without it: --no-pretrained")
-    old = common.load_options(folder)
-    for key in ("llm_fingerprint", "rank", "targets", "generator", "width", "bottleneck"):
-        if (options.hypernetwork or key == "llm_fingerprint") and getattr(old, key) != getattr(options, key):
-            raise common.UserError(f"{folder} was trained with {key} {getattr(old, key)}, not {getattr(options, key)}; "
+    old = vars(common.load_options(folder))
+    # alpha has no shape: with another one the same weights would load and be another update.
+    for key in ("llm_fingerprint", "rank", "alpha", "targets", "generator", "width", "bottleneck"):
+        new = getattr(options, key)
+        if (options.hypernetwork or key == "llm_fingerprint") and old.get(key, new) != new:
+            raise common.UserError(f"{folder} was trained with {key} {old[key]}, not {new}; "
                                    "train it again with --fresh, or start without it: --no-pretrained")
     common.load_weights(parameters, folder, strict=False)
 

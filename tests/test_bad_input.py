@@ -306,6 +306,26 @@ def test_teachers_and_students_of_another_rank_are_refused(project):
     assert str(project.runs / "finetune") in line and "rank" in line
 
 
+def test_teachers_and_students_of_another_alpha_are_refused_before_anything_is_written(project):
+    """It has no shape: the same weights would load, and be another update."""
+    line = project.refuses("finetune", "--name=other", "--alpha=4")
+    assert str(project.runs / "lora") in line and "alpha 2" in line and "4" in line and "--stage lora" in line
+    line = project.refuses("finetune", "--name=other", "--alpha=4", "--lambda-kl=0", "--lambda-ins=0")
+    assert str(project.runs / "pretrain") in line and "alpha 2" in line and "4" in line and "--no-pretrained" in line
+    assert not (project.runs / "other").exists()
+    for record in project.runs.glob("lora/*/config.yaml"):
+        record.write_text(record.read_text().replace("alpha: 2", "alpha: 4"))
+    line = project.refuses("evaluate", "--rows=teachers")
+    assert str(project.runs / "lora") in line and "alpha 4" in line
+    assert not (project.runs / "evaluate").exists()
+
+
+def test_teachers_and_students_from_before_alpha_was_recorded_still_load(project):
+    for record in (project.runs / "pretrain" / "config.yaml", *project.runs.glob("lora/*/config.yaml")):
+        record.write_text("".join(line for line in record.read_text().splitlines(True) if not line.startswith("alpha:")))
+    project.run("finetune", "--name=other")
+
+
 def test_teachers_of_other_projections_are_refused(project):
     line = project.refuses("finetune", "--name=other", "--targets=q,v", "--no-pretrained")
     assert str(project.runs / "lora") in line and "targets" in line

@@ -12,6 +12,8 @@ from stages import ROOT, process
 
 import common
 import config
+import data
+import lora
 import train_teacher
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -118,3 +120,33 @@ def test_gradients_are_added_up_a_slice_at_a_time(monkeypatch):
     common.sum_gradients(iter(parameters), size=6)
     assert messages == [3, 4, 6]
     assert all(torch.equal(p.grad, 2 * g) for p, g in zip(parameters, before)) and parameters[3].grad.eq(0).all()
+
+def test_dropout_differs_between_micro_batches_and_is_the_same_on_two_ranks_as_in_one_process(finished, tmp_path, monkeypatch):
+    """Every micro-batch is the same here and nothing is learned, so that logits differ by their dropout alone."""
+    options = config.parse(train_teacher.parser(), "meta", finished.argv("meta", "--lr=0"))
+    logits = lora.logits
+
+    def logits_of(rank, world, accumulate):
+        """{(step, number among all ranks' micro-batches): logits}"""
+        llm, tokenizer = common.load_llm(str(finished.runs / "base"))
+        for module in llm.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        options.accumulate, seen = accumulate, {}
+        batch = (*data.tokenize(tokenizer, ["Find the city ."] * 2, 9), data.labels(tokenizer, ["Rome", "Paris"], 9))
+
+        def record(*args):
+            step, i = divmod(len(seen), accumulate)
+            seen[step, rank + world * i] = logits(*args)
+            return seen[step, rank + world * i]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lora, "logits", record)
+            train_teacher.train_llm(str(tmp_path / f"{rank}-of-{world}"), options, llm, tokenizer, lambda *at: batch, rank, world)
+        return seen
+
+    one = logits_of(0, 1, 2)
+    two = logits_of(0, 2, 1) | logits_of(1, 2, 1)
+    assert sorted(one) == sorted(two) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(torch.equal(one[at], two[at]) for at in one)
+    assert not any(torch.equal(one[a], one[b]) for a in one for b in one if a < b)

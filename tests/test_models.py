@@ -155,11 +155,11 @@ def test_a_teacher_among_sixteen_is_the_teacher_trained_alone(tasks, tmp_path, m
     assert all((B[0] - B[15]).abs().max() > 1e-4 for _, B in group.values())
 
 
-def test_a_missing_teacher_or_one_of_another_llm_or_rank_is_one_line(tasks, tmp_path):
+def test_a_missing_teacher_or_one_of_another_llm_rank_or_alpha_is_one_line(tasks, tmp_path):
     """load_teachers names the folder and the command, or what does not fit."""
     llm, units = make_llm("v1.1"), {"one": [tasks[0]]}
     teach(tmp_path, llm, ["one"], units)
-    options = train_teacher.parser().parse_args(["--rank=2"])
+    options = train_teacher.parser().parse_args(["--rank=2", "--alpha=4"])
     options.llm_fingerprint = "print"
     with pytest.raises(common.UserError, match="two.*no LoRA teacher for two; first run COMMAND"):
         train_teacher.load_teachers(str(tmp_path), ["one", "two"], llm, options, "COMMAND")
@@ -167,8 +167,11 @@ def test_a_missing_teacher_or_one_of_another_llm_or_rank_is_one_line(tasks, tmp_
     with pytest.raises(common.UserError, match="another LLM"):
         train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "")
     options.llm_fingerprint, options.rank = "print", 3
-    with pytest.raises(common.UserError, match="does not fit"):
-        train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "")
+    with pytest.raises(common.UserError, match="--rank 2, not 3.*COMMAND --fresh"):
+        train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "COMMAND")
+    options.rank, options.alpha = 2, 8
+    with pytest.raises(common.UserError, match="--alpha 4.0, not 8.*COMMAND --fresh"):
+        train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "COMMAND")
 
 
 # -------------------------------------------------------------------------------------------------------------- texts

@@ -13,6 +13,7 @@ Launch (without --stage: the stages that the config lists, in order):
 """
 import argparse
 import dataclasses
+import glob
 import os
 import shutil
 import sys
@@ -215,6 +216,8 @@ def train_lora(options, rank, world):
             train_teachers(folder, options, llm, tokenizer, group, units, stop, rank)
     common.wait_for_all_ranks()
     if rank == 0:
+        for left in glob.glob(f"{glob.escape(folder)}/unfinished-*"):       # of groups that were cut otherwise then
+            shutil.rmtree(left)
         common.save_checkpoint(folder, options, {}, step=options.steps, finished=True)
     stop.leave_if_asked(options.device)
 

@@ -198,6 +198,44 @@ def test_what_does_not_change_the_result_may_change_between_runs(project, monkey
     assert project.record("cut")["finished"]
 
 
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("stage", ["meta", "pretrain", "finetune"])
+def test_an_unfinished_run_goes_on_with_its_own_number_of_processes_only(finished, tmp_path, monkeypatch, stage):
+    """Their effective batch is another one; a run from before the number was recorded is taken as it is."""
+    cut = finished.copy(tmp_path / "cut", NEEDS[stage])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 1, interrupt)
+        cut.run(stage, *FOUR)
+    record = cut.runs / stage / "config.yaml"
+    assert cut.record(stage)["processes"] == 1
+    edit(record, "processes: 1\n", "processes: 2\n")
+    line = cut.refuses(stage, *FOUR)
+    assert str(cut.runs / stage) in line and "2 processes, not 1" in line
+    assert "--nproc-per-node 2" in line and "--fresh --accumulate 2" in line
+    edit(record, "processes: 2\n", "")
+    cut.run(stage, *FOUR)
+    assert cut.record(stage)["finished"] and cut.record(stage)["processes"] == 1
+    edit(record, "processes: 1\n", "processes: 2\n")
+    assert "nothing to do" in cut.run(stage, *FOUR)                         # what is done is done
+
+
+def test_lora_teachers_go_on_with_another_number_of_processes_and_leave_nothing_half_done(finished, tmp_path, monkeypatch):
+    cut = finished.copy(tmp_path / "cut", ("meta",))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 1, interrupt)
+        cut.run("lora", "--teachers-at-once", "2")
+    edit(cut.runs / "lora" / "config.yaml", "processes: 1\n", "processes: 2\n")
+    assert list(cut.runs.glob("lora/unfinished-*"))
+    cut.run("lora")                                                         # other groups than those under way
+    assert cut.record("lora")["finished"] and not list(cut.runs.glob("lora/unfinished-*"))
+    assert len(list(cut.runs.glob("lora/*/model.safetensors"))) == len(list(finished.runs.glob("lora/*/model.safetensors")))
+
+
 def test_an_unfinished_run_does_not_go_on_with_another_frozen_llm(finished, tmp_path, monkeypatch):
     cut = finished.copy(tmp_path / "cut", ("base", "meta"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):

@@ -398,9 +398,30 @@ def test_an_evaluation_in_several_processes_is_refused(project, monkeypatch):
     assert "python evaluate.py" in project.refuses("evaluate")
 
 
-def test_a_margin_needs_the_row_it_is_over(project):
-    line = project.refuses("evaluate", "--rows=tagi", "--floor-margin=3")
-    assert "--floor-margin" in line and "--rows" in line
+@pytest.mark.parametrize("flag, row", [("--floor=3", "tagi"), ("--floor-margin=3", "tagi"), ("--floor-margin=3", "tagi_shuffled"),
+                                       ("--floor-meta=3", "meta"), ("--floor-share=1", "tagi"), ("--floor-share=1", "meta")])
+def test_a_floor_needs_the_rows_it_is_about(project, flag, row):
+    rows = [name for name in ("tagi", "tagi_shuffled", "meta") if name != row]
+    line = project.refuses("evaluate", f"--rows={','.join(rows)}", flag)
+    assert flag.partition("=")[0] in line and "--rows" in line and f"about {row}," in line
+    assert not (project.runs / "evaluate").exists()
+
+
+@pytest.mark.parametrize("flags", [["--rescore=x.jsonl"], ["--instruction=Find the city .", "--input=a"], ["--ablations"]])
+@pytest.mark.parametrize("floor", ["--floor", "--floor-margin", "--floor-meta", "--floor-share"])
+def test_a_floor_without_an_evaluation_is_refused(project, floor, flags):
+    line = project.refuses("evaluate", f"{floor}=1", *flags)
+    assert line.startswith(f"error: {floor} is for an evaluation") and flags[0].partition("=")[0] in line
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("stage, flag", [
+    *[("evaluate", name) for name in ("--floor", "--floor-margin", "--floor-meta", "--floor-share", "--alpha")],
+    *[("meta", name) for name in ("--lr", "--warmup", "--weight-decay", "--clip", "--drop-instruction", "--easy-first")],
+    *[("finetune", name) for name in ("--alpha", "--lambda-ce", "--lambda-kl", "--lambda-ins", "--temperature")]])
+def test_a_number_that_is_none_is_refused(project, stage, flag, value):
+    line = project.refuses(stage, *([] if stage == "evaluate" else ["--name=other"]), f"{flag}={value}")
+    assert flag in line and "finite" in line and value in line and not (project.runs / "other").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is lost

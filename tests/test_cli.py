@@ -307,6 +307,27 @@ def test_a_missed_margin_over_the_shuffled_instruction_is_exit_code_1(project, q
     assert end.value.code == 1 or "101" in end.value.code
 
 
+def test_a_missed_floor_of_the_baseline_is_exit_code_1(project, quick):
+    with pytest.raises(SystemExit) as end:
+        project.run("evaluate", "--rows=tagi,meta", "--floor=0", "--floor-share=0", "--floor-meta=101")
+    assert end.value.code.count("meta-trained row") == end.value.code.count("101") == 2     # at Def and at Def + 2 Pos
+    project.run("evaluate", "--rows=tagi,meta", "--floor=0", "--floor-share=0", "--floor-meta=0")
+
+
+@pytest.mark.parametrize("flags, missed", [
+    (["--floor=70", "--floor-margin=50", "--floor-meta=90", "--floor-share=0.9"], []),
+    (["--floor=86"], ["Def + 2 Pos: TAGI's exact match of 85.0"]), (["--floor-meta=91"], ["Def + 2 Pos: the meta-trained"]),
+    (["--floor=95"], ["Def: TAGI's", "Def + 2 Pos: TAGI's"]), (["--floor-margin=84"], ["Def + 2 Pos: TAGI with the right"]),
+    (["--floor-share=0.95"], ["Def + 2 Pos: TAGI's exact match of 85.0 is less than 0.95 times the meta-trained row's 90.0"]),
+    (["--floor-meta=96", "--floor-share=1"], ["Def: the meta", "Def: TAGI's", "Def + 2 Pos: the meta", "Def + 2 Pos: TAGI's"])])
+def test_a_floor_is_missed_at_either_setting(flags, missed):
+    scores = {("tagi", 0): 94.0, ("tagi_shuffled", 0): 0.0, ("meta", 0): 95.0, ("copy_demo", 0): 7.0,
+              ("tagi", 2): 85.0, ("tagi_shuffled", 2): 2.0, ("meta", 2): 90.0, ("copy_demo", 2): 7.0}
+    results = [{"key": key, "demos": demos, "exact_match": em} for (key, demos), em in scores.items()]
+    lines = evaluate.missed_floors(results, evaluate.parser().parse_args(flags))
+    assert len(lines) == len(missed) and all(line.startswith(start) for line, start in zip(lines, missed)), lines
+
+
 def test_an_own_instruction_prints_one_line_an_input_and_nothing_else(project):
     inputs = ["Anna went to Paris on Monday .", "Lucy paid two coins .", "Tom saw a dog in Rome ."]
     flags = [word for text in inputs for word in ("--input", text)]

@@ -349,8 +349,8 @@ def load_weights(parameters: dict, folder: str, strict: bool = True) -> dict:
 # ------------------------------------------------------------------------------------------------------------ stages
 
 # What may differ between the runs that make up a stage: it does not change the result, or is not the user's to give.
-IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage", "runs", "teachers_at_once",
-           "processes")
+IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage",
+           "runs", "teachers_at_once", "processes")
 
 
 def run_stage(folder: str, options, rank: int, world: int, stage, ranks_share_a_batch: bool = True) -> None:
@@ -394,7 +394,7 @@ def skip_finished(folder: str, options, print_it: bool) -> bool:
 
 
 def check_processes(folder: str, options) -> None:
-    """Raises UserError where an unfinished run had another number of processes, and so another effective batch.
+    """Raises UserError where an unfinished run had another number of processes, so another batch.
 
     A config.yaml from before that number was recorded is taken as it is.
     """
@@ -402,10 +402,11 @@ def check_processes(folder: str, options) -> None:
         return
     old, new = vars(load_options(folder)).get("processes", options.processes), options.processes
     if old != new:
-        accumulate = old * options.accumulate / new                         # that keeps the effective batch
-        same = f" --accumulate {accumulate:.0f} (the same effective batch)" if accumulate.is_integer() else ""
-        raise UserError(f"{folder} holds an unfinished run of {old} processes, not {new}: the effective batch would change; "
-                        f"go on with {old} (torchrun --nproc-per-node {old}), or start over with --fresh{same}")
+        micros = old * options.accumulate
+        same = f" --accumulate {micros // new} (the same batch)" if micros % new == 0 else ""
+        raise UserError(f"{folder} holds an unfinished run of {old} processes, not {new}: the batch "
+                        f"would change; go on with {old} (torchrun --nproc-per-node {old}), or start "
+                        f"over with --fresh{same}")
 
 
 def resume(folder: str, options, parameters: dict, optimizer) -> int:

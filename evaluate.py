@@ -51,11 +51,13 @@ def parser():
     g.add_argument("--cost-repeats", type=config.positive, default=5,
                    help="timed repeats of each way to answer 100 instances")
     g.add_argument("--out", help="where the results go; default: evaluate under --runs")
-    g = p.add_argument_group("floors, of exact match at Def and at Def + 2 Pos; exit 1 where one is missed")
+    g = p.add_argument_group("floors of exact match, at Def and at Def + 2 Pos: exit 1 below")
     g.add_argument("--floor", type=config.finite, help="of TAGI")
-    g.add_argument("--floor-margin", type=config.finite, help="of TAGI, above it with the shuffled instruction")
+    g.add_argument("--floor-margin", type=config.finite,
+                   help="of TAGI, above it with the shuffled instruction")
     g.add_argument("--floor-meta", type=config.finite, help="of the meta-trained row")
-    g.add_argument("--floor-share", type=config.finite, help="of TAGI, as a share of the meta-trained row's")
+    g.add_argument("--floor-share", type=config.finite,
+                   help="of TAGI, as a share of the meta-trained row's")
     g = p.add_argument_group("predictions that are there")
     g.add_argument("--rescore", help="score this file, JSON lines with id and prediction, without a model")
     g.add_argument("--references", help="JSON lines with id and references, where --rescore's file has none (the official "
@@ -197,21 +199,24 @@ FLOORS = {"floor": ["tagi"], "floor_margin": ["tagi", "tagi_shuffled"], "floor_m
 
 
 def missed_floors(results: list[dict], options) -> list[str]:
-    """One line for every floor that exact match misses, at every setting. results: those of `run`."""
+    """One line for every floor that exact match misses at a setting. results: those of `run`."""
     missed = []
     for demos in dict.fromkeys(r["demos"] for r in results):
         em = {r["key"]: r["exact_match"] for r in results if r["demos"] == demos}
-        at, right, meta = report.SETTINGS[demos], em.get("tagi"), em.get("meta")
+        right, wrong, meta = em.get("tagi"), em.get("tagi_shuffled"), em.get("meta")
+        at = report.SETTINGS[demos]
         if options.floor is not None and right < options.floor:
-            missed.append(f"{at}: TAGI's exact match of {right:.1f} misses the floor of {options.floor:g}")
-        if options.floor_margin is not None and right < em["tagi_shuffled"] + options.floor_margin:
-            missed.append(f"{at}: TAGI with the right instruction ({right:.1f}) is less than {options.floor_margin:g} above "
-                          f"the shuffled one ({em['tagi_shuffled']:.1f})")
+            missed.append(f"{at}: TAGI's exact match of {right:.1f} misses the floor of "
+                          f"{options.floor:g}")
+        if options.floor_margin is not None and right < wrong + options.floor_margin:
+            missed.append(f"{at}: TAGI's exact match of {right:.1f} is less than "
+                          f"{options.floor_margin:g} above the {wrong:.1f} with the shuffled instruction")
         if options.floor_meta is not None and meta < options.floor_meta:
-            missed.append(f"{at}: the meta-trained row's exact match of {meta:.1f} misses the floor of {options.floor_meta:g}")
+            missed.append(f"{at}: the meta-trained row's exact match of {meta:.1f} misses the "
+                          f"floor of {options.floor_meta:g}")
         if options.floor_share is not None and right < options.floor_share * meta:
-            missed.append(f"{at}: TAGI's exact match of {right:.1f} is less than {options.floor_share:g} times the "
-                          f"meta-trained row's {meta:.1f}")
+            missed.append(f"{at}: TAGI's exact match of {right:.1f} is less than "
+                          f"{options.floor_share:g} times the meta-trained row's {meta:.1f}")
     return missed
 
 
@@ -277,9 +282,11 @@ def main(argv=None):
             continue
         flag, absent = "--" + name.replace("_", "-"), [row for row in needed if row not in rows]
         if absent:
-            raise common.UserError(f"{flag} is about {' and '.join(absent)}, which --rows leaves out; drop one of them")
+            raise common.UserError(f"{flag} is about {' and '.join(absent)}, which --rows leaves "
+                                   "out; drop one of them")
         if options.rescore or options.ablations or options.instruction is not None:
-            raise common.UserError(f"{flag} is for an evaluation, not for --rescore, --ablations or --instruction; drop it")
+            raise common.UserError(f"{flag} is for an evaluation, not for --rescore, --ablations "
+                                   "or --instruction; drop it")
     if options.instruction is not None:
         return answer(options)
     if options.ablations:

@@ -103,14 +103,14 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
         lr = common.learning_rate(options, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        micros = [rank + world * i for i in range(options.accumulate)]      # numbers among all ranks' micro-batches
+        micros = [rank + world * i for i in range(options.accumulate)]      # among all ranks'
         batches = [get_batch(step, micro) for micro in micros]
         # The loss of a step is the mean over the label tokens of all its micro-batches and ranks.
         counts = [sum((labels != data.IGNORE).sum().item() for _, _, labels in batches), stop.asked]
         n_tokens, stopping = common.sum_over_ranks(counts, options.device)
         total = 0.0
         for micro, (ids, mask, labels) in zip(micros, batches):
-            # Dropout, as the batch, is a function of (seed, step, micro): no two micro-batches or ranks drop the same.
+            # Dropout too is a function of (seed, step, micro): no two ranks drop the same.
             torch.manual_seed(int(draw.generator(options.seed, step, micro, 4).integers(2 ** 63)))
             with autocast:
                 logits = lora.logits(llm, ids, mask, labels)                                       # (N, C, V)
@@ -216,7 +216,7 @@ def train_lora(options, rank, world):
             train_teachers(folder, options, llm, tokenizer, group, units, stop, rank)
     common.wait_for_all_ranks()
     if rank == 0:
-        for left in glob.glob(f"{glob.escape(folder)}/unfinished-*"):       # of groups that were cut otherwise then
+        for left in glob.glob(f"{glob.escape(folder)}/unfinished-*"):       # of other groups
             shutil.rmtree(left)
         common.save_checkpoint(folder, options, {}, step=options.steps, finished=True)
     stop.leave_if_asked(options.device)
@@ -297,25 +297,26 @@ def save_teacher(folder, options, unit, weights):
 
 
 def check_teachers(folder, units, options, command):
-    """Raises UserError where a unit has no finished teacher (`command` makes it), or one of another LLM, rank or alpha than
-    the options'."""
+    """Raises UserError where a unit has no finished teacher (`command` makes it), or one of another
+    LLM, rank or alpha than the options'."""
     for unit in units:
         path = teacher_folder(folder, unit)
         if not common.is_finished(path):
             raise common.UserError(f"{path}: no LoRA teacher for {unit}; first run {command}")
         old = vars(common.load_options(path, "llm_fingerprint"))
-        common.check_fingerprint(options.llm_fingerprint, old["llm_fingerprint"], path, "the frozen LLM's folder")
-        for key in ("rank", "alpha"):                                       # weights of another alpha would load, rescaled
+        common.check_fingerprint(options.llm_fingerprint, old["llm_fingerprint"], path,
+                                 "the frozen LLM's folder")
+        for key in ("rank", "alpha"):                           # another alpha's would load, rescaled
             new = getattr(options, key)
             if old.get(key, new) != new:
-                raise common.UserError(f"{path} was trained with --{key} {old[key]}, not {new}; use the same, or train it "
-                                       f"again: {command} --fresh")
+                raise common.UserError(f"{path} was trained with --{key} {old[key]}, not {new}; use "
+                                       f"the same, or train it again: {command} --fresh")
 
 
 def load_teachers(folder, units, llm, options, command):
     """The teachers of these units, stacked: {site: (lora_A (U, r, D_in), lora_B (U, D_out, r))}.
 
-    Raises UserError as `check_teachers` does, and where one is of another set of projections than the options'.
+    Raises UserError as `check_teachers` does, and where one is of another set of projections.
     """
     check_teachers(folder, units, options, command)
     stacked = lora.init_weights(llm, options.rank, 0, len(units))

@@ -114,7 +114,8 @@ class Bench:
             marks["base"] = common.weights_digest(common.base_path(o))
         for row in {"teachers", "meta_lora"} & set(rows):
             folder, unit = self.teachers_of(row)
-            check_teachers(folder, sorted({data.unit_of(t, unit) for t in self.tasks_of(row)}), self.command)
+            units = sorted({data.unit_of(t, unit) for t in self.tasks_of(row)})
+            check_teachers(folder, units, self.tagi.options, self.command)
             marks[row] = common.weights_digest(folder) + common.digest(repr(self.tasks_of(row)))
         return marks
 

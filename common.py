@@ -396,15 +396,19 @@ def load_weights(parameters: dict, folder: str, strict: bool = True) -> dict:
 # ------------------------------------------------------------------------------------------------------------ stages
 
 # What may differ between the runs that make up a stage: it does not change the result, or is not the user's to give.
-IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage", "runs", "teachers_at_once")
+IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage",
+           "runs", "teachers_at_once", "processes")
 
 
 def run_stage(folder: str, options, rank: int, world: int, stage, ranks_share_a_batch: bool = True) -> None:
     """Run a stage unless it is done; rank 0 says what runs, with which effective batch."""
     write_suite(options, rank)
     wait_for_all_ranks()                                                    # rank 0 may still be saving the stage before
+    options.processes = world
     if skip_finished(folder, options, rank == 0):
         return
+    if ranks_share_a_batch:
+        check_processes(folder, options)
     if rank == 0:
         batch, ranks = options.tasks * options.instances * options.accumulate, ""
         if ranks_share_a_batch:
@@ -434,6 +438,22 @@ def skip_finished(folder: str, options, print_it: bool) -> bool:
     if old["finished"] and print_it:
         print(f"{folder}: finished at step {old['step']}, nothing to do (--fresh starts over)")
     return bool(old["finished"])
+
+
+def check_processes(folder: str, options) -> None:
+    """Raises UserError where an unfinished run had another number of processes, so another batch.
+
+    A config.yaml from before that number was recorded is taken as it is.
+    """
+    if options.fresh or not os.path.isfile(f"{folder}/config.yaml"):
+        return
+    old, new = vars(load_options(folder)).get("processes", options.processes), options.processes
+    if old != new:
+        micros = old * options.accumulate
+        same = f" --accumulate {micros // new} (the same batch)" if micros % new == 0 else ""
+        raise UserError(f"{folder} holds an unfinished run of {old} processes, not {new}: the batch "
+                        f"would change; go on with {old} (torchrun --nproc-per-node {old}), or start "
+                        f"over with --fresh{same}")
 
 
 def resume(folder: str, options, parameters: dict, optimizer) -> int:

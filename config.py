@@ -1,6 +1,7 @@
 """Options of the scripts: the command line over a YAML file over the defaults, one set of types and error lines for all."""
 import argparse
 import difflib
+import math
 import os
 import sys
 
@@ -28,10 +29,18 @@ def at_least(least, kind=int):
     """The type of an option: a number no smaller than `least`."""
     def number(text):
         value = kind(text)
-        if not value >= least:                                              # NaN too
+        if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
         return value
     return number
+
+
+def finite(text):
+    """The type of an option: a number that is one, no NaN and no infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return value
 
 
 positive = at_least(1)
@@ -75,7 +84,7 @@ def add_shared_options(parser: Parser) -> None:
                    "stage meta's")
     g.add_argument("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
     g.add_argument("--rank", type=positive, default=32, help="LoRA rank r")
-    g.add_argument("--alpha", type=float, default=32.0, help="LoRA alpha; the update is scaled by alpha / r")
+    g.add_argument("--alpha", type=finite, default=32.0, help="LoRA alpha; the update is scaled by alpha / r")
     g.add_argument("--unit", default="category", choices=["category", "task", "all"], help="what one LoRA teacher is for")
 
 
@@ -89,14 +98,14 @@ def add_training_options(parser: Parser, steps: int) -> None:
                    "out again, for less padding; 1: each step's own into its micro-batches; 0: as drawn")
     g.add_argument("--optimizer", default="adamw", choices=["adamw", "adafactor", "muon"],
                    help="muon: Muon for matrices, AdamW for the rest; far fewer steps for a model made from nothing")
-    g.add_argument("--lr", type=at_least(0, float), default=1e-4)
+    g.add_argument("--lr", type=at_least(0, finite), default=1e-4)
     g.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"])
-    g.add_argument("--warmup", type=at_least(0, float), default=0.02, help="share of the steps")
-    g.add_argument("--restart", type=at_least(0, float), default=0,
+    g.add_argument("--warmup", type=at_least(0, finite), default=0.02, help="share of the steps")
+    g.add_argument("--restart", type=at_least(0, finite), default=0,
                    help="share of the steps after which the schedule starts anew")
-    g.add_argument("--weight-decay", type=at_least(0, float), default=0.01)
-    g.add_argument("--beta2", type=at_least(0, float), default=0.999)
-    g.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm; 0: no clipping (LoRA teachers "
+    g.add_argument("--weight-decay", type=at_least(0, finite), default=0.01)
+    g.add_argument("--beta2", type=at_least(0, finite), default=0.999)
+    g.add_argument("--clip", type=at_least(0, finite), default=1.0, help="largest gradient norm; 0: no clipping (LoRA teachers "
                    "are not clipped)")
     g.add_argument("--checkpointing", default=False, help="gradient checkpointing: each block of the LLM runs again in the "
                    "backward pass, for less memory", **flag)

@@ -51,8 +51,13 @@ def parser():
     g.add_argument("--cost-repeats", type=config.positive, default=5,
                    help="timed repeats of each way to answer 100 instances")
     g.add_argument("--out", help="where the results go; default: evaluate under --runs")
-    g.add_argument("--floor", type=float, help="exit 1 where TAGI's exact match (Def) is below this")
-    g.add_argument("--floor-margin", type=float, help="exit 1 where it is not this far above the shuffled instruction's")
+    g = p.add_argument_group("floors of exact match, at Def and at Def + 2 Pos: exit 1 below")
+    g.add_argument("--floor", type=config.finite, help="of TAGI")
+    g.add_argument("--floor-margin", type=config.finite,
+                   help="of TAGI, above it with the shuffled instruction")
+    g.add_argument("--floor-meta", type=config.finite, help="of the meta-trained row")
+    g.add_argument("--floor-share", type=config.finite,
+                   help="of TAGI, as a share of the meta-trained row's")
     g = p.add_argument_group("predictions that are there")
     g.add_argument("--rescore", help="score this file, JSON lines with id and prediction, without a model")
     g.add_argument("--references", help="JSON lines with id and references, where --rescore's file has none (the official "
@@ -189,6 +194,32 @@ def open_predictions(out, options, sources) -> dict:
     return done
 
 
+FLOORS = {"floor": ["tagi"], "floor_margin": ["tagi", "tagi_shuffled"], "floor_meta": ["meta"],
+          "floor_share": ["tagi", "meta"]}      # option -> the rows it is about
+
+
+def missed_floors(results: list[dict], options) -> list[str]:
+    """One line for every floor that exact match misses at a setting. results: those of `run`."""
+    missed = []
+    for demos in dict.fromkeys(r["demos"] for r in results):
+        em = {r["key"]: r["exact_match"] for r in results if r["demos"] == demos}
+        right, wrong, meta = em.get("tagi"), em.get("tagi_shuffled"), em.get("meta")
+        at = report.SETTINGS[demos]
+        if options.floor is not None and right < options.floor:
+            missed.append(f"{at}: TAGI's exact match of {right:.1f} misses the floor of "
+                          f"{options.floor:g}")
+        if options.floor_margin is not None and right < wrong + options.floor_margin:
+            missed.append(f"{at}: TAGI's exact match of {right:.1f} is less than "
+                          f"{options.floor_margin:g} above the {wrong:.1f} with the shuffled instruction")
+        if options.floor_meta is not None and meta < options.floor_meta:
+            missed.append(f"{at}: the meta-trained row's exact match of {meta:.1f} misses the "
+                          f"floor of {options.floor_meta:g}")
+        if options.floor_share is not None and right < options.floor_share * meta:
+            missed.append(f"{at}: TAGI's exact match of {right:.1f} is less than "
+                          f"{options.floor_share:g} times the meta-trained row's {meta:.1f}")
+    return missed
+
+
 def rescore(options):
     """The results of predictions that are there, in our own form or the official one; a missing one scores as empty."""
     remedy = "--rescore reads predictions, one JSON object a line"
@@ -246,11 +277,16 @@ def main(argv=None):
         raise common.UserError("evaluation is one process; start it with python evaluate.py")
     if options.input and options.instruction is None:
         raise common.UserError("--input needs an --instruction to answer it by")
-    if options.floor is not None and "tagi" not in rows or options.floor_margin is not None and "tagi_shuffled" not in rows:
-        raise common.UserError("--floor and --floor-margin are about tagi and tagi_shuffled, which --rows leaves out; drop "
-                               "one of them")
-    if options.rescore and (options.floor is not None or options.floor_margin is not None):
-        raise common.UserError("--floor and --floor-margin are for an evaluation, not for --rescore; drop them")
+    for name, needed in FLOORS.items():
+        if getattr(options, name) is None:
+            continue
+        flag, absent = "--" + name.replace("_", "-"), [row for row in needed if row not in rows]
+        if absent:
+            raise common.UserError(f"{flag} is about {' and '.join(absent)}, which --rows leaves "
+                                   "out; drop one of them")
+        if options.rescore or options.ablations or options.instruction is not None:
+            raise common.UserError(f"{flag} is for an evaluation, not for --rescore, --ablations "
+                                   "or --instruction; drop it")
     if options.instruction is not None:
         return answer(options)
     if options.ablations:
@@ -268,13 +304,9 @@ def main(argv=None):
         common.write_text(f"{out}/results.md", text + "\n")
         if options.bench != "p3":
             report.category_chart(results, f"{out}/categories.png")
-    em = {r["row"]: r["exact_match"] for r in results["results"] if r["demos"] == 0}
-    right, wrong = em.get(ROWS["tagi"]), em.get(ROWS["tagi_shuffled"])
-    if options.floor is not None and right < options.floor:
-        sys.exit(f"TAGI's exact match of {right:.1f} misses the floor of {options.floor}")
-    if options.floor_margin is not None and right - wrong < options.floor_margin:
-        sys.exit(f"TAGI with the right instruction ({right:.1f}) is less than {options.floor_margin} above the shuffled one "
-                 f"({wrong:.1f})")
+    missed = [] if options.rescore else missed_floors(results["results"], options)
+    if missed:
+        sys.exit("\n".join(missed))
 
 
 if __name__ == "__main__":

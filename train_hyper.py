@@ -54,14 +54,14 @@ def parser():
     g.add_argument("--text-length", type=config.at_least(3), default=1024, help="tokens of a document cut into a | b | c")
     g = p.add_argument_group("finetune")
     g.add_argument("--pretrained", default=True, help="start from the pretrain stage", **config.flag)
-    g.add_argument("--lambda-ce", type=float, default=1.0, help="weight of L_pred")
-    g.add_argument("--lambda-kl", type=float, default=5.0, help="λ1, weight of L_kl")
+    g.add_argument("--lambda-ce", type=config.finite, default=1.0, help="weight of L_pred")
+    g.add_argument("--lambda-kl", type=config.finite, default=5.0, help="λ1, weight of L_kl")
     g.add_argument("--lambda-ins", type=number_or_sigmoid, default="sigmoid", help="λ2, a number or `sigmoid` (of L_ins)")
     g.add_argument("--alignment", default="factors", choices=["none", "factors", "product"], help="what L_ins compares")
     g.add_argument("--kl-teacher", default="lora", help="lora (Eq. 5), meta, or a checkpoint with the same vocabulary")
     g.add_argument("--teacher-demos", default=True, help="the teacher reads the demonstrations too, where the student's "
                    "instruction has them", **config.flag)
-    g.add_argument("--temperature", type=config.at_least(0.01, float), default=1.0,
+    g.add_argument("--temperature", type=config.at_least(0.01, config.finite), default=1.0,
                    help="of both distributions in L_kl, which is then x T²")
     g.add_argument("--standardize-logits", default=False, help="z-score both models' logits before the softmax",
                    **config.flag)
@@ -69,7 +69,7 @@ def parser():
 
 
 def number_or_sigmoid(text):
-    return text if text == "sigmoid" else float(text)
+    return text if text == "sigmoid" else config.finite(text)
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -330,10 +330,12 @@ def start_from_pretrained(options, parameters):
     if not common.is_finished(folder):
         raise common.UserError(f"{folder} is not there or not finished; first run python train_hyper.py --stage pretrain"
                                f"{common.config_flag(options)}, or start without it: --no-pretrained")
-    old = common.load_options(folder)
-    for key in ("llm_fingerprint", "rank", "targets", "generator", "width", "bottleneck"):
-        if (options.hypernetwork or key == "llm_fingerprint") and getattr(old, key) != getattr(options, key):
-            raise common.UserError(f"{folder} was trained with {key} {getattr(old, key)}, not {getattr(options, key)}; "
+    old = vars(common.load_options(folder))
+    # alpha has no shape: with another one the same weights would load and be another update.
+    for key in ("llm_fingerprint", "rank", "alpha", "targets", "generator", "width", "bottleneck"):
+        new = getattr(options, key)
+        if (options.hypernetwork or key == "llm_fingerprint") and old.get(key, new) != new:
+            raise common.UserError(f"{folder} was trained with {key} {old[key]}, not {new}; "
                                    "train it again with --fresh, or start without it: --no-pretrained")
     common.load_weights(parameters, folder, strict=False)
 

@@ -13,6 +13,7 @@ Launch (without --stage: the stages that the config lists, in order):
 """
 import argparse
 import dataclasses
+import glob
 import os
 import shutil
 import sys
@@ -47,10 +48,10 @@ def parser():
     g.add_argument("--heads", type=config.positive, default=4)
     g.add_argument("--ff", type=config.positive, default=128, help="d_ff")
     g = p.add_argument_group("meta")
-    g.add_argument("--drop-instruction", type=float, default=0.0, help="share of draws whose input is the instance alone")
-    g.add_argument("--easy-first", type=float, default=0.0, help="share of the steps, at the start, on tasks with answers "
+    g.add_argument("--drop-instruction", type=config.finite, default=0.0, help="share of draws whose input is the instance alone")
+    g.add_argument("--easy-first", type=config.finite, default=0.0, help="share of the steps, at the start, on tasks with answers "
                    "of one or two words, in one wording; a model made from nothing needs it")
-    g.add_argument("--demos-after", type=float, default=0.0, help="share of the steps without demonstrations, at the start")
+    g.add_argument("--demos-after", type=config.finite, default=0.0, help="share of the steps without demonstrations, at the start")
     g = p.add_argument_group("lora")
     g.add_argument("--teachers-at-once", type=config.positive, default=16,
                    help="LoRA teachers trained side by side in one batch")
@@ -102,13 +103,15 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
         lr = common.learning_rate(options, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(options.seed * 1_000_003 + step)                  # dropout too is a function of (seed, step)
-        batches = [get_batch(step, rank + world * i) for i in range(options.accumulate)]
+        micros = [rank + world * i for i in range(options.accumulate)]      # among all ranks'
+        batches = [get_batch(step, micro) for micro in micros]
         # The loss of a step is the mean over the label tokens of all its micro-batches and ranks.
         counts = [sum((labels != data.IGNORE).sum().item() for _, _, labels in batches), stop.asked]
         n_tokens, stopping = common.sum_over_ranks(counts, options.device)
         total = 0.0
-        for ids, mask, labels in batches:
+        for micro, (ids, mask, labels) in zip(micros, batches):
+            # Dropout too is a function of (seed, step, micro): no two ranks drop the same.
+            torch.manual_seed(int(draw.generator(options.seed, step, micro, 4).integers(2 ** 63)))
             with autocast:
                 logits = lora.logits(llm, ids, mask, labels)                                       # (N, C, V)
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / n_tokens
@@ -213,6 +216,8 @@ def train_lora(options, rank, world):
             train_teachers(folder, options, llm, tokenizer, group, units, stop, rank)
     common.wait_for_all_ranks()
     if rank == 0:
+        for left in glob.glob(f"{glob.escape(folder)}/unfinished-*"):       # of other groups
+            shutil.rmtree(left)
         common.save_checkpoint(folder, options, {}, step=options.steps, finished=True)
     stop.leave_if_asked(options.device)
 
@@ -291,27 +296,32 @@ def save_teacher(folder, options, unit, weights):
     common.save_checkpoint(teacher_folder(folder, unit), options, flatten(weights), step=options.steps, finished=True)
 
 
-def check_teachers(folder, units, command):
-    """Raises UserError where a unit has no finished teacher; `command` makes it."""
+def check_teachers(folder, units, options, command):
+    """Raises UserError where a unit has no finished teacher (`command` makes it), or one of another
+    LLM, rank or alpha than the options'."""
     for unit in units:
         path = teacher_folder(folder, unit)
         if not common.is_finished(path):
             raise common.UserError(f"{path}: no LoRA teacher for {unit}; first run {command}")
+        old = vars(common.load_options(path, "llm_fingerprint"))
+        common.check_fingerprint(options.llm_fingerprint, old["llm_fingerprint"], path,
+                                 "the frozen LLM's folder")
+        for key in ("rank", "alpha"):                           # another alpha's would load, rescaled
+            new = getattr(options, key)
+            if old.get(key, new) != new:
+                raise common.UserError(f"{path} was trained with --{key} {old[key]}, not {new}; use "
+                                       f"the same, or train it again: {command} --fresh")
 
 
 def load_teachers(folder, units, llm, options, command):
     """The teachers of these units, stacked: {site: (lora_A (U, r, D_in), lora_B (U, D_out, r))}.
 
-    Raises UserError where one is missing (`command` makes it), or is of another LLM, rank or set of projections than the
-    options'.
+    Raises UserError as `check_teachers` does, and where one is of another set of projections.
     """
-    check_teachers(folder, units, command)
+    check_teachers(folder, units, options, command)
     stacked = lora.init_weights(llm, options.rank, 0, len(units))
     for n, unit in enumerate(units):
-        path = teacher_folder(folder, unit)
-        expected = common.load_options(path, "llm_fingerprint").llm_fingerprint
-        common.check_fingerprint(options.llm_fingerprint, expected, path, "the frozen LLM's folder")
-        common.load_weights(flatten(lora.select(stacked, n)), path)
+        common.load_weights(flatten(lora.select(stacked, n)), teacher_folder(folder, unit))
     return stacked
 
 

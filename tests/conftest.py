@@ -1,4 +1,5 @@
 """Tiny random models, a tokenizer, tasks and options that the tests share. Nothing is downloaded."""
+import contextlib
 import copy
 import os
 import sys
@@ -18,7 +19,14 @@ import data
 import train_hyper
 from hypernet import TAGI
 
-torch.set_num_threads(1)
+THREADS = int(os.environ.get("TAGI_TEST_THREADS", 1))       # more than one add up in another order
+torch.set_num_threads(THREADS)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "numbers: compares numbers, so another CPU may differ")
+
+
 KINDS = ("v1.0", "v1.1", "mt5")
 VOCAB = 60
 ALL = ("--train-norms", "--train-embeddings")                       # everything that can be trained
@@ -110,16 +118,34 @@ def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def apart(a: dict, b: dict, lr: float) -> float:
+    """How far two trainings of {name: weights} are apart in learning rates, the worst tensor's mean.
+
+    Adam-like optimizers move a weight by about lr a step whatever its gradient's size. Where
+    rounding decides a gradient's sign, two orders of summing are up to 2·lr a step apart: at few
+    weights, so the mean stays small.
+    """
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().mean().item() for name in a) / lr
+
+
 def _double_norm(self, x):
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
-@pytest.fixture
-def exact(monkeypatch):
+@contextlib.contextmanager
+def exactly():
     """float64 through and through: T5's layer norm and attention, and the losses, otherwise round to float32 inside."""
-    for norm in (T5LayerNorm, MT5LayerNorm):
-        monkeypatch.setattr(norm, "forward", _double_norm)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    with mock.patch.object(T5LayerNorm, "forward", _double_norm), \
+            mock.patch.object(MT5LayerNorm, "forward", _double_norm), \
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield
+
+
+@pytest.fixture
+def exact():
+    with exactly():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ import evaluate
 import sample
 import train_hyper
 import train_teacher
+from conftest import THREADS
 
 STAGES = ("base", "meta", "lora", "pretrain", "finetune")
 MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher,
@@ -51,8 +52,9 @@ def write_suite(root: Path) -> None:
 def write_config(path: Path, data: Path, runs: Path) -> None:
     """configs/sample.yaml with everything small: the same keys and stages, two steps each."""
     config = yaml.safe_load((ROOT / "configs" / "sample.yaml").read_text())
-    config |= {"data": str(data), "runs": str(runs), "rank": 2, "alpha": 2, "max_output": 4, "threads": 1,
-               "meta_model": None, "stages": ["base", "meta", "lora"]}        # all of it is trained here
+    config |= {"data": str(data), "runs": str(runs), "threads": THREADS}
+    config |= {"rank": 2, "alpha": 2, "max_output": 4}
+    config |= {"meta_model": None, "stages": ["base", "meta", "lora"]}        # all of it is trained here
     for stage in STAGES:
         config[stage] |= {"steps": 2, "tasks": 4, "log_every": 1}
     text = {"text": str(data / "corpus.txt"), "text_length": 24}
@@ -130,7 +132,8 @@ def call(module, *argv) -> str:
 
 def environment() -> dict:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return env | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "HF_HUB_OFFLINE": "1"}
+    env |= {"MASTER_ADDR": "localhost", "HF_HUB_OFFLINE": "1"}
+    return env | {"OMP_NUM_THREADS": str(THREADS)}
 
 
 def process(*words, code=0) -> subprocess.CompletedProcess:

@@ -1,5 +1,6 @@
 """A user's mistake: one line on standard error, exit code 2, nothing lost. `Project.refuses` checks these three each time."""
 import json
+import re
 import shutil
 import subprocess
 import warnings
@@ -306,6 +307,28 @@ def test_teachers_and_students_of_another_rank_are_refused(project):
     assert str(project.runs / "finetune") in line and "rank" in line
 
 
+def test_teachers_and_students_of_another_alpha_are_refused_before_anything_is_written(project):
+    """It has no shape: the same weights would load, and be another update."""
+    line = project.refuses("finetune", "--name=other", "--alpha=4")
+    assert str(project.runs / "lora") in line and "alpha 2.0, not 4.0; use the same" in line
+    flags = ("--name=other", "--alpha=4", "--lambda-kl=0", "--lambda-ins=0")
+    line = project.refuses("finetune", *flags)
+    assert str(project.runs / "pretrain") in line and "alpha 2.0, not 4.0" in line
+    assert "--no-pretrained" in line
+    assert not (project.runs / "other").exists()
+    for record in project.runs.glob("lora/*/config.yaml"):
+        record.write_text(record.read_text().replace("alpha: 2", "alpha: 4"))
+    line = project.refuses("evaluate", "--rows=teachers")
+    assert str(project.runs / "lora") in line and "alpha 4" in line
+    assert not (project.runs / "evaluate").exists()
+
+
+def test_teachers_and_students_from_before_alpha_was_recorded_still_load(project):
+    for record in (*project.runs.glob("pretrain/config.yaml"), *project.runs.glob("lora/*/config.yaml")):
+        record.write_text(re.sub("^alpha:.*\n", "", record.read_text(), flags=re.MULTILINE))
+    project.run("finetune", "--name=other")
+
+
 def test_teachers_of_other_projections_are_refused(project):
     line = project.refuses("finetune", "--name=other", "--targets=q,v", "--no-pretrained")
     assert str(project.runs / "lora") in line and "targets" in line
@@ -378,9 +401,35 @@ def test_an_evaluation_in_several_processes_is_refused(project, monkeypatch):
     assert "python evaluate.py" in project.refuses("evaluate")
 
 
-def test_a_margin_needs_the_row_it_is_over(project):
-    line = project.refuses("evaluate", "--rows=tagi", "--floor-margin=3")
-    assert "--floor-margin" in line and "--rows" in line
+@pytest.mark.parametrize("flag, row", [
+    ("--floor=3", "tagi"), ("--floor-margin=3", "tagi"), ("--floor-margin=3", "tagi_shuffled"),
+    ("--floor-meta=3", "meta"), ("--floor-share=1", "tagi"), ("--floor-share=1", "meta")])
+def test_a_floor_needs_the_rows_it_is_about(project, flag, row):
+    rows = [name for name in ("tagi", "tagi_shuffled", "meta") if name != row]
+    line = project.refuses("evaluate", f"--rows={','.join(rows)}", flag)
+    assert flag.partition("=")[0] in line and "--rows" in line and f"about {row}," in line
+    assert not (project.runs / "evaluate").exists()
+
+
+@pytest.mark.parametrize("flags", [["--rescore=x.jsonl"], ["--ablations"],
+                                   ["--instruction=Find the city .", "--input=a"]])
+@pytest.mark.parametrize("floor", ["--floor", "--floor-margin", "--floor-meta", "--floor-share"])
+def test_a_floor_without_an_evaluation_is_refused(project, floor, flags):
+    line = project.refuses("evaluate", f"{floor}=1", *flags)
+    assert line.startswith(f"error: {floor} is for an evaluation")
+    assert flags[0].partition("=")[0] in line
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("stage, flag", [
+    *[("evaluate", "--floor" + name) for name in ("", "-margin", "-meta", "-share")],
+    *[("meta", name) for name in ("--lr", "--warmup", "--weight-decay", "--clip", "--easy-first")],
+    *[("finetune", name) for name in ("--alpha", "--lambda-kl", "--lambda-ins", "--temperature")]])
+def test_a_number_that_is_none_is_refused(project, stage, flag, value):
+    name = [] if stage == "evaluate" else ["--name=other"]
+    line = project.refuses(stage, *name, f"{flag}={value}")
+    assert flag in line and "finite" in line and value in line
+    assert not (project.runs / "other").exists() and not (project.runs / "evaluate").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is lost

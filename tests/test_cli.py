@@ -11,6 +11,7 @@ import yaml
 
 pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
+from conftest import apart
 from stages import MODULES, ROOT, STAGES, call, process
 
 import config
@@ -143,6 +144,7 @@ ALL = {"generator", "fusion", "norm_gains"}
     (["--no-decoder-fusion"], {"ce", "kl", "ins"}, ALL),
     (["--no-encoder-fusion"], {"ce", "kl", "ins"}, ALL - {"fusion"}),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.numbers
 def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, terms, parts):
     flags = [flag.replace("BASE", str(project.runs / "base")) for flag in flags]
     project.run("finetune", "--name=other", *flags)
@@ -156,9 +158,9 @@ def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, term
         if "ins" in terms and options.lambda_ins != "sigmoid":
             expected += options.lambda_ins * row["ins"]
         if "ins" not in terms or options.lambda_ins != "sigmoid":
-            assert row["loss"] == pytest.approx(expected, abs=1e-4)
+            assert row["loss"] == pytest.approx(expected, abs=1e-3)     # five digits are logged
         else:
-            assert expected - 1e-4 < row["loss"] < expected + row["ins"] + 1e-4
+            assert expected - 1e-3 < row["loss"] < expected + row["ins"] + 1e-3
     record = project.record("other")
     assert record["finished"] and record["fusion"] == ("--no-fusion" not in flags)
     assert evaluate.TAGI.load(str(project.runs / "other")).adapt(["Find the city ."]).mask.any()
@@ -166,6 +168,7 @@ def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, term
 
 @pytest.mark.parametrize("stage, flags", [("meta", ["--checkpointing"]), ("lora", ["--checkpointing"]),
                                           ("finetune", ["--checkpointing"]), ("meta", ["--compile"])])
+@pytest.mark.numbers
 def test_checkpointing_and_compiling_train_the_same(project, stage, flags, monkeypatch):
     """Against the fixture's stage: the same losses, the second of which is after a step. Weights too, but for meta, whose Muon
     makes much of rounding. The compiler traces only: code made of it would take minutes."""
@@ -173,12 +176,13 @@ def test_checkpointing_and_compiling_train_the_same(project, stage, flags, monke
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_(self, backend="eager", **kwargs))
     project.run(stage, "--name=other", *flags)
     losses = [[row["loss"] for row in project.log(name)] for name in (stage, "other")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][0] != losses[0][1]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert abs(losses[0][0] - losses[0][1]) > 0.01
     if stage != "meta":
         for path in (project.runs / stage).rglob("model.safetensors"):
             folder = path.parent.relative_to(project.runs / stage)
             a, b = project.weights(stage, folder), project.weights("other", folder)
-            assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=1e-5) for name in a)
+            assert apart(a, b, project.record(stage)["lr"]) < 0.01
 
 
 def test_compiling_with_checkpointing_is_refused(project):
@@ -305,6 +309,36 @@ def test_a_missed_margin_over_the_shuffled_instruction_is_exit_code_1(project, q
     with pytest.raises(SystemExit) as end:
         project.run("evaluate", "--floor=0", "--floor-margin=101")
     assert end.value.code == 1 or "101" in end.value.code
+
+
+def test_a_missed_floor_of_the_baseline_is_exit_code_1(project, quick):
+    floors = ("--rows=tagi,meta", "--floor=0", "--floor-share=0")
+    with pytest.raises(SystemExit) as end:
+        project.run("evaluate", *floors, "--floor-meta=101")
+    assert end.value.code.count("101") == 2                                 # Def and Def + 2 Pos
+    project.run("evaluate", *floors, "--floor-meta=0")
+
+
+TAGI_AT_2 = "Def + 2 Pos: TAGI's exact match of 85.0"
+
+
+@pytest.mark.parametrize("flags, missed", [
+    (["--floor=70", "--floor-margin=50", "--floor-meta=90", "--floor-share=0.9"], []),
+    (["--floor=86"], [TAGI_AT_2 + " misses the floor of 86"]),
+    (["--floor-meta=91"], ["Def + 2 Pos: the meta-trained row's exact match of 90.0"]),
+    (["--floor=95"], ["Def: TAGI's exact match of 94.0", TAGI_AT_2]),
+    (["--floor-margin=84"], [TAGI_AT_2 + " is less than 84 above the 2.0"]),
+    (["--floor-share=0.95"], [TAGI_AT_2 + " is less than 0.95 times the meta-trained row's 90.0"]),
+    (["--floor-meta=96", "--floor-share=1"],
+     ["Def: the meta-trained", "Def: TAGI's", "Def + 2 Pos: the meta-trained", TAGI_AT_2])])
+def test_a_floor_is_missed_at_either_setting(flags, missed):
+    scores = {0: {"tagi": 94.0, "tagi_shuffled": 0.0, "meta": 95.0, "copy_demo": 7.0},
+              2: {"tagi": 85.0, "tagi_shuffled": 2.0, "meta": 90.0, "copy_demo": 7.0}}
+    results = [{"key": key, "demos": demos, "exact_match": em}
+               for demos, row in scores.items() for key, em in row.items()]
+    lines = evaluate.missed_floors(results, evaluate.parser().parse_args(flags))
+    assert len(lines) == len(missed), lines
+    assert all(line.startswith(start) for line, start in zip(lines, missed)), lines
 
 
 def test_an_own_instruction_prints_one_line_an_input_and_nothing_else(project):

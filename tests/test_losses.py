@@ -16,11 +16,12 @@ import hypernet
 import lora
 import train_hyper
 import train_teacher
-from conftest import (ALL, INSTRUCTIONS, close, make_llm, make_random_tagi, make_tagi, make_tokenizer, randomize,
-                      student_options, tokens)
+from conftest import (ALL, INSTRUCTIONS, close, exactly, make_llm, make_random_tagi, make_tagi,
+                      make_tokenizer, randomize, student_options, tokens)
 from hypernet import TAGI
 from train_hyper import instruction_loss, kl_loss, target_losses
 
+pytestmark = pytest.mark.numbers
 GROUPS = {"generator", "fusion", "norm_gains", "embedding_delta"}
 
 
@@ -268,6 +269,27 @@ def test_switching_off_everything_is_refused(flags, capsys):
 
 # ----------------------------------------------------------------------------------- Table 4: gradients of one real step
 
+FINGERPRINT = "of the runs' LLM"                        # which in float64 would have another
+
+
+@contextlib.contextmanager
+def in_float64():
+    """Within, what train_hyper.train loads and makes is in float64, and so is its arithmetic."""
+    load = common.load_llm
+
+    def load_llm(*args):
+        llm, tokenizer = load(*args)
+        return llm.double(), tokenizer
+
+    with exactly(), mock.patch.object(common, "load_llm", load_llm), \
+            mock.patch.object(common, "fingerprint", lambda llm: FINGERPRINT):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tasks):
     """A folder as the earlier stages leave it: three tasks, a frozen LLM, LoRA teachers, a random pretrained student."""
@@ -284,7 +306,7 @@ def runs(tmp_path_factory, tasks):
     common_flags = [f"--runs={root}", f"--data={root}/data", "--llm=meta", "--rank=2", "--alpha=3", "--device=cpu", "--unit=task"]
     options = train_teacher.parser().parse_args(common_flags)
     train_teacher.save_llm(f"{root}/meta", options, llm, make_tokenizer(), finished=True)
-    options.llm_fingerprint = common.fingerprint(llm)
+    options.llm_fingerprint = FINGERPRINT
     lora.inject_lora(llm, ["q", "v"], 2, 3)
     torch.manual_seed(0)
     for t in tasks:
@@ -331,7 +353,7 @@ def step(runs):
 
     def run(*flags):
         if flags not in made:
-            with one_step() as seen:
+            with in_float64(), one_step() as seen:
                 train_hyper.train(student_options(*runs, *flags), 0, 1)
             made[flags] = seen
         return made[flags]
@@ -344,13 +366,14 @@ def combine(*terms):
 
 
 def same(a, b):
-    """Gradients of float32 backward passes that add up in another order."""
+    """Gradients of float64 backward passes that add up in another order."""
     for n in combine((1, a)):
-        torch.testing.assert_close(a[n], b[n], rtol=1e-3, atol=1e-4 * (1 + a[n].abs().max().item()), msg=n)
+        torch.testing.assert_close(a[n], b[n], rtol=1e-6, atol=1e-9, msg=n)
 
 
 def differ(a, b):
-    return {n.partition(".")[0] for n in combine((1, a)) if not torch.allclose(a[n], b[n], rtol=1e-2, atol=1e-5)}
+    equal = {n: torch.allclose(a[n], b[n], rtol=1e-6, atol=1e-9) for n in combine((1, a))}
+    return {n.partition(".")[0] for n in equal if not equal[n]}
 
 
 CE, KL = ("--lambda-kl=0", "--lambda-ins=0"), ("--lambda-ce=0", "--lambda-ins=0")      # only this loss is left
@@ -360,6 +383,13 @@ CE, KL = ("--lambda-kl=0", "--lambda-ins=0"), ("--lambda-ce=0", "--lambda-ins=0"
 def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
     """Teachers merged into a plain LLM one instance at a time, torch's own KL and cross-entropy, explicit alignment."""
     options = student_options(*runs)
+    with in_float64():
+        expected = by_hand(options, lambda_ins)
+    same(step(f"--lambda-ins={lambda_ins}"), expected)
+
+
+def by_hand(options, lambda_ins):
+    """{name: gradient} of the first step."""
     llm, tokenizer = common.load_llm(f"{options.runs}/meta")
     tagi = TAGI(llm, tokenizer, options)
     common.load_weights(tagi.trainable(), f"{options.runs}/pretrain")
@@ -368,7 +398,7 @@ def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
     K, labels = len(batch["unit"]), batch["labels"]
     assert sorted(batch["unit"].tolist()) == [0, 1, 2] and len(labels) == 6
 
-    plain = make_llm("v1.1").requires_grad_(False)
+    plain = common.load_llm(f"{options.runs}/meta")[0].requires_grad_(False)
     options.llm_fingerprint = common.fingerprint(plain)
     lora.inject_lora(plain, ["q", "v"], 2, 3)
     teachers = train_teacher.load_teachers(f"{options.runs}/lora", units, plain, options, "")
@@ -390,7 +420,7 @@ def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=data.IGNORE) + 5 * kl + sum(
         (torch.sigmoid(x.detach()) if lambda_ins == "sigmoid" else 1000) * x for x in ins) / K
     loss.backward()
-    same(step(f"--lambda-ins={lambda_ins}"), {n: p.grad for n, p in tagi.trainable().items()})
+    return {n: p.grad for n, p in tagi.trainable().items()}
 
 
 def test_every_loss_weight_removes_its_own_loss_and_nothing_else(step):
@@ -424,13 +454,15 @@ def test_kl_options_change_the_gradient_of_kl_and_of_nothing_else(step, flag):
 def test_no_pretrained_starts_anew_and_otherwise_from_the_pretrain_stage(step, runs):
     """The start values are the checkpoint's, or a fresh student's; parts that are off are left out."""
     options = student_options(*runs)
-    fresh = make_tagi("v1.1", *runs)[0].trainable()
+    with in_float64():                                          # where random numbers are others
+        fresh = TAGI(*common.load_llm(f"{options.runs}/meta"), options).trainable()
     saved = common.load_file(f"{options.runs}/pretrain/model.safetensors")
     for flags, expected in (((), saved), (("--no-pretrained",), fresh),
                             (("--no-hypernetwork",), part(saved, *GROUPS - {"generator"})),
                             (("--no-fusion",), part(saved, *GROUPS - {"fusion"}))):
         start = step(*flags)["start"]
-        assert start.keys() == expected.keys() and all(torch.equal(start[n], expected[n]) for n in start)
+        assert start.keys() == expected.keys()
+        assert all(torch.equal(start[n], expected[n].double()) for n in start)
 
 
 def test_a_step_over_two_micro_batches_is_the_mean_over_their_tokens_and_tasks(step, runs):
@@ -446,7 +478,7 @@ def test_a_step_over_two_micro_batches_is_the_mean_over_their_tokens_and_tasks(s
     for batch in batches:
         with mock.patch.object(train_hyper, "finetune_batches", lambda *args: (lambda step, micro: batch, units)):
             for own in (CE, KL, ("--lambda-kl=0",)):
-                with one_step() as seen:
+                with in_float64(), one_step() as seen:
                     train_hyper.train(student_options(*runs, *flags, *own), 0, 1)
                 alone.append(seen)
     first_ce, first_kl, first_ins, second_ce, second_kl, second_ins = alone
@@ -473,14 +505,14 @@ def test_an_instruction_drawn_twice_is_read_once(step, runs, instances):
     repeated = batch | {"instruction": [x[index] for x in batch["instruction"]], "unit": batch["unit"][index], "index": None}
     assert len({tuple(row) for row in repeated["instruction"][0].tolist()}) == K and len(rows) == len(repeated["unit"])
     with mock.patch.object(train_hyper, "finetune_batches", lambda *args: (lambda step, micro: repeated, units)), \
-            one_step() as expected:
+            in_float64(), one_step() as expected:
         train_hyper.train(options, 0, 1)
     same(step(*flags), expected)
 
 
-def test_the_teacher_runs_without_any_of_the_students_parts(runs):
+def test_the_teacher_runs_without_any_of_the_students_parts(runs, exact):
     """run_teacher reads the prompt with the frozen LLM, plain or with each instance's LoRA teacher, and resets it."""
-    tagi, plain = make_tagi("v1.1", *runs)
+    tagi, plain = (model.double() for model in make_tagi("v1.1", *runs))
     randomize(tagi)
     batch = train_hyper.finetune_batches(tagi.options, tagi, 1)[0](0, 0)
     ids, mask = batch["prompt"]
@@ -492,9 +524,9 @@ def test_the_teacher_runs_without_any_of_the_students_parts(runs):
             states, head = train_hyper.run_teacher(tagi, None, teachers, options, batch)
             return head(states)
 
-        torch.testing.assert_close(teacher_logits(None), expected)
+        close(teacher_logits(None), expected)
         teachers = lora.init_weights(tagi.llm, 2, 0, 3)
-        torch.testing.assert_close(teacher_logits(teachers), expected)                                     # B = 0
+        close(teacher_logits(teachers), expected)                           # B = 0
         teachers = {s: (A, torch.randn_like(B)) for s, (A, B) in teachers.items()}
         assert not torch.allclose(teacher_logits(teachers), expected, atol=0.1)
         assert torch.equal(tagi(None, *batch["input"], batch["labels"]),

@@ -1,4 +1,4 @@
-"""Plumbing that holds no science: errors in one line, processes, loading the LLM, run folders, stages, logs."""
+"""Plumbing that holds no science: errors in one line, processes, run folders, stages, logs."""
 import argparse
 import contextlib
 import datetime
@@ -7,12 +7,10 @@ import glob
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -193,35 +191,6 @@ class StopSignal:
 
 
 # ------------------------------------------------------------------------------------------------------------ models
-
-def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention: str = "sdpa"):
-    """(llm, tokenizer) of a T5-family checkpoint: a hub name or a local folder.
-
-    Raises UserError where it cannot be found or read, is no encoder-decoder, or its tokenizer has no end token.
-    """
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging as hf_logging
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not os.path.isdir(path) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
-        raise UserError(f"{path}: no such folder, and no name on the hub; expected a T5-family checkpoint")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with named_file(path, "expected a T5-family checkpoint"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        llm = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: its tokenizer has no end token; use a T5-family tokenizer")
-    return llm.to(device), tokenizer
-
-
-def fingerprint(llm) -> str:
-    """A short hash of the LLM's shapes and of a few of its values, the same in fp32 and bf16."""
-    digest = hashlib.sha256()
-    for name, p in sorted(llm.state_dict().items()):
-        values = p.flatten()[:16].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name.replace('.linear.', '.')}{tuple(p.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
-
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import common
 import data
 import lora
+import t5
 import train_teacher
 from conftest import (ALL, INPUTS, INSTRUCTIONS, KINDS, OUTPUTS, close, lengthen, make_llm, make_random_tagi, make_tagi,
                       make_tokenizer, randomize, student_options, tokens)
@@ -410,7 +411,7 @@ def checkpoint(tmp_path):
     randomize(tagi)
     options = tagi.options
     train_teacher.save_llm(str(tmp_path / "llm"), options, plain, tagi.tokenizer, finished=True)
-    options.llm_path, options.llm_is_relative, options.llm_fingerprint = "../llm", True, common.fingerprint(plain)
+    options.llm_path, options.llm_is_relative, options.llm_fingerprint = "../llm", True, t5.fingerprint(plain)
     common.save_checkpoint(str(tmp_path / "tagi"), options, tagi.trainable(), step=3, finished=True)
     return tagi, tmp_path / "tagi", tmp_path / "llm"
 

@@ -14,6 +14,7 @@ import common
 import data
 import hypernet
 import lora
+import t5
 import train_hyper
 import train_teacher
 from conftest import (ALL, INSTRUCTIONS, close, make_llm, make_random_tagi, make_tagi, make_tokenizer, randomize,
@@ -284,7 +285,7 @@ def runs(tmp_path_factory, tasks):
     common_flags = [f"--runs={root}", f"--data={root}/data", "--llm=meta", "--rank=2", "--alpha=3", "--device=cpu", "--unit=task"]
     options = train_teacher.parser().parse_args(common_flags)
     train_teacher.save_llm(f"{root}/meta", options, llm, make_tokenizer(), finished=True)
-    options.llm_fingerprint = common.fingerprint(llm)
+    options.llm_fingerprint = t5.fingerprint(llm)
     lora.inject_lora(llm, ["q", "v"], 2, 3)
     torch.manual_seed(0)
     for t in tasks:
@@ -360,7 +361,7 @@ CE, KL = ("--lambda-kl=0", "--lambda-ins=0"), ("--lambda-ce=0", "--lambda-ins=0"
 def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
     """Teachers merged into a plain LLM one instance at a time, torch's own KL and cross-entropy, explicit alignment."""
     options = student_options(*runs)
-    llm, tokenizer = common.load_llm(f"{options.runs}/meta")
+    llm, tokenizer = t5.load_llm(f"{options.runs}/meta")
     tagi = TAGI(llm, tokenizer, options)
     common.load_weights(tagi.trainable(), f"{options.runs}/pretrain")
     get_batch, units = train_hyper.finetune_batches(options, tagi, 1)
@@ -369,7 +370,7 @@ def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
     assert sorted(batch["unit"].tolist()) == [0, 1, 2] and len(labels) == 6
 
     plain = make_llm("v1.1").requires_grad_(False)
-    options.llm_fingerprint = common.fingerprint(plain)
+    options.llm_fingerprint = t5.fingerprint(plain)
     lora.inject_lora(plain, ["q", "v"], 2, 3)
     teachers = train_teacher.load_teachers(f"{options.runs}/lora", units, plain, options, "")
     teacher_logits = []
@@ -437,7 +438,7 @@ def test_a_step_over_two_micro_batches_is_the_mean_over_their_tokens_and_tasks(s
     """Accumulating two micro-batches: gradients weighted by label tokens (L_pred, L_kl) and tasks (L_ins), not averaged."""
     flags = ("--tasks=2", "--instances=1", "--seed=5")
     options = student_options(*runs, *flags)
-    llm, tokenizer = common.load_llm(f"{options.runs}/meta")
+    llm, tokenizer = t5.load_llm(f"{options.runs}/meta")
     get_batch, units = train_hyper.finetune_batches(options, TAGI(llm, tokenizer, options), 2)
     batches = [get_batch(0, micro) for micro in range(2)]
     a, b = ((batch["labels"] != data.IGNORE).sum().item() for batch in batches)

@@ -18,7 +18,7 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     Raises UserError where it cannot be found or read, is of another family, is not whole or has weights that T5 does not
     know, or its tokenizer has no end token.
     """
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedConfig, logging as hf_logging
+    from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, logging as hf_logging
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -27,19 +27,35 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     with named_file(path, EXPECTED):
         written = PreTrainedConfig.get_config_dict(path)[0]         # as the file has it: T5Config changes what it reads
     check_family(path, written, attention)
-    with named_file(path, "it needs a tokenizer.json, or a spiece.model with the packages of requirements.txt"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with named_file(path, EXPECTED):
-        llm, loading = AutoModelForSeq2SeqLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True)
+        try:
+            llm, loading = AutoModelForSeq2SeqLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True)
+        except NotImplementedError:             # of other sizes it leaves both empty, and cannot tell whether to tie them
+            raise ValueError("shared.weight and lm_head.weight have other shapes than config.json says, "
+                             f"({written.get('vocab_size')}, {written.get('d_model')})") from None
     check_weights(path, llm, loading, written)
     if llm.config.model_type == "umt5":
         # Only a tied head reads states scaled by 1/sqrt(d_model). Transformers 5 asks this flag, and sets it always.
         llm.config.tie_word_embeddings = written.get("tie_word_embeddings", True)
+    return llm.to(device), tokenizer
+
+
+def load_tokenizer(path: str):
+    """The checkpoint's tokenizer. Raises UserError where it cannot be read, has no pieces or no end token."""
+    from transformers import AutoTokenizer, T5Tokenizer
+    with named_file(path, "it needs a tokenizer.json, or a spiece.model and the package protobuf (requirements.txt)"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except ValueError:                      # for umT5, Transformers knows no class that reads a spiece.model
+            tokenizer = T5Tokenizer.from_pretrained(path)
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:    # made of nothing but special tokens and a space
+        raise UserError(f"{path} has neither tokenizer.json nor spiece.model; copy the tokenizer's files there")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no end token; use a T5-family tokenizer")
-    return llm.to(device), tokenizer
+    return tokenizer
 
 
 def check_family(path: str, written: dict, attention: str) -> None:

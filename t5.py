@@ -36,11 +36,26 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
         except NotImplementedError:             # of other sizes it leaves both empty, and cannot tell whether to tie them
             raise ValueError("shared.weight and lm_head.weight have other shapes than config.json says, "
                              f"({written.get('vocab_size')}, {written.get('d_model')})") from None
+    mend(llm, written)
     check_weights(path, llm, loading, written)
-    if llm.config.model_type == "umt5":
-        # Only a tied head reads states scaled by 1/sqrt(d_model). Transformers 5 asks this flag, and sets it always.
-        llm.config.tie_word_embeddings = written.get("tie_word_embeddings", True)
     return llm.to(device), tokenizer
+
+
+def mend(llm, written: dict) -> None:
+    """Undo what Transformers 5 (some of its versions) does to published checkpoints, silently. written: config.json."""
+    embeddings = llm.get_decoder().embed_tokens
+    if has_own_head(llm, written) and llm.lm_head.weight is llm.shared.weight is not embeddings.weight:
+        llm.set_input_embeddings(embeddings)    # MADLAD-400 has no `shared.weight`; the encoder was given the head
+    if llm.config.model_type == "umt5":
+        # Only a tied head reads states scaled by 1/sqrt(d_model). The scaling asks this flag, which is set for all.
+        llm.config.tie_word_embeddings = written.get("tie_word_embeddings", True)
+        for block in llm.get_decoder().block:
+            block.layer[0].SelfAttention.is_causal = True           # else sdpa lets a target see those after it
+
+
+def has_own_head(llm, written: dict) -> bool:
+    """Whether the head is no copy of the embeddings: in T5 v1.1 and what came after, except LongT5's files."""
+    return written.get("tie_word_embeddings") is False and llm.config.model_type != "longt5"
 
 
 def load_tokenizer(path: str):
@@ -77,10 +92,8 @@ def check_weights(path: str, llm, loading: dict, written: dict) -> None:
     Embeddings and a tied head may be absent: they are `shared.weight`. Transformers fills what else is absent at random.
     """
     missing = set(loading["missing_keys"])
-    # T5 v1.1 and its kin have a head of their own; Transformers 5 ties an absent one. LongT5's files never have it.
-    own_head = written.get("tie_word_embeddings") is False and llm.config.model_type != "longt5"
-    if own_head and llm.lm_head.weight is llm.shared.weight:
-        missing.add("lm_head.weight")
+    if has_own_head(llm, written) and llm.lm_head.weight is llm.shared.weight:
+        missing.add("lm_head.weight")                               # Transformers 5 ties an absent one
     shapes = {name: f"{name} is {tuple(theirs)}, not {tuple(ours)}" for name, theirs, ours in loading["mismatched_keys"]}
     for fault, names in (("lacks", missing - shapes.keys()), ("has weights unknown to", loading["unexpected_keys"]),
                          ("has other shapes than", shapes.values())):

@@ -179,6 +179,19 @@ def test_a_head_is_the_files_own_and_only_v1_0_scales_what_it_reads(kind, suite,
     assert ("lm_head.weight" in weights) == (llm.lm_head.weight is not llm.shared.weight)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_no_target_sees_those_after_it_and_all_inputs_see_each_other(kind, suite, tmp_path):
+    """Another last token changes the last target's logits alone; in the input it changes every state."""
+    write_checkpoint(tmp_path / "hub", suite, kind)
+    llm, _ = load(tmp_path / "hub", kind)
+    ids, mask = torch.tensor([[5, 9, 7, 8, 1], [5, 9, 7, 8, 11]]), torch.ones(2, 5, dtype=torch.long)
+    with torch.no_grad():
+        logits = llm.eval()(input_ids=ids[:1].expand(2, -1), attention_mask=mask, decoder_input_ids=ids).logits
+        states = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+    assert ((logits[0] - logits[1]).abs().amax(-1) > 1e-3).tolist() == [False] * 4 + [True]
+    assert ((states[0] - states[1]).abs().amax(-1) > 1e-3).all()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "byt5"])
 def test_spiece_model_alone_gives_sentencepieces_ids(kind, suite, tmp_path):
     """The ids of Google's library, then the end token; sentinels come after the pieces, the last one first."""

@@ -111,13 +111,22 @@ class Optimizers:
 
 def make_optimizer(parameters: dict, options):
     """--optimizer over {name: parameter}. muon: PyTorch's Muon, its steps scaled like AdamW's, for the matrices between
-    layers; AdamW for the rest, as its authors say: embeddings, head, biases, gains, and stacks of matrices."""
+    layers; AdamW for the rest, as its authors say: embeddings, head, biases, gains, and stacks of matrices.
+
+    The student's norm gains have no weight decay: they multiply and start at 1, and it would pull them to 0.
+    """
+    def groups(names):
+        names = list(names)
+        gains = [parameters[name] for name in names if name.startswith("norm_gains.")]
+        rest = [parameters[name] for name in names if not name.startswith("norm_gains.")]
+        return [group for group in ({"params": rest}, {"params": gains, "weight_decay": 0.0}) if group["params"]]
+
     shared = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters.values(), **shared)
+        return torch.optim.Adafactor(groups(parameters), **shared)
     matrices = {name for name, p in parameters.items() if options.optimizer == "muon" and p.ndim == 2
                 and not any(part in name for part in ("shared", "embed", "lm_head", "relative_attention_bias"))}
-    adamw = torch.optim.AdamW([p for name, p in parameters.items() if name not in matrices], betas=(0.9, options.beta2),
+    adamw = torch.optim.AdamW(groups(name for name in parameters if name not in matrices), betas=(0.9, options.beta2),
                               fused=True, **shared)
     if not matrices:
         return adamw
@@ -367,8 +376,16 @@ def resume(folder: str, options, parameters: dict, optimizer) -> int:
         state = torch.load(path, weights_only=True, map_location="cpu")
     if state["step"] != step:
         raise UserError(f"{folder} was cut off while it was being written; start over with --fresh")
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(in_groups_of(optimizer, state["optimizer"]))
     return step
+
+
+def in_groups_of(optimizer, state: dict) -> dict:
+    """A saved state for this optimizer: runs made earlier have the gains not in a group of their own, but at the end of the
+    one group, where they have the same numbers."""
+    if "parts" in state:
+        return {"parts": [in_groups_of(*pair) for pair in zip(optimizer.parts, state["parts"], strict=True)]}
+    return {**state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def begin(folder: str, options, rank: int) -> None:

@@ -18,7 +18,7 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     Raises UserError where it cannot be found or read, is of another family, is not whole or has weights that T5 does not
     know, or its tokenizer has no end token.
     """
-    from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig, logging as hf_logging
+    from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, logging as hf_logging
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -38,6 +38,9 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
                              f"({written.get('vocab_size')}, {written.get('d_model')})") from None
     mend(llm, written)
     check_weights(path, llm, loading, written)
+    # Greedy decoding is meant where nothing else is asked for, whatever beams and penalties a checkpoint comes with.
+    ids = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+    llm.generation_config = GenerationConfig(**{key: getattr(llm.generation_config, key) for key in ids})
     return llm.to(device), tokenizer
 
 

@@ -240,6 +240,20 @@ def test_what_meta_saves_computes_what_the_published_file_does(kind, suite, tmp_
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[0], ids[2])
 
 
+def test_a_checkpoints_own_beams_and_penalties_do_not_change_greedy_decoding(suite, tmp_path):
+    """Summarization models have such settings in config.json."""
+    its = {"early_stopping": True, "length_penalty": 0.8, "max_length": 3, "min_length": 8, "no_repeat_ngram_size": 2,
+           "num_beams": 2, "repetition_penalty": 3.5}
+    answers, kind = [], "longt5 global"
+    for name, more in (("plain", {}), ("summarization", its)):
+        write_checkpoint(tmp_path / name, suite, kind)
+        (tmp_path / name / "config.json").write_text(json.dumps(CONFIGS[kind] | more))
+        llm, tokenizer = load(tmp_path / name, kind)
+        ids, mask = data.tokenize(tokenizer, INPUTS, 64)
+        answers.append(llm.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=12))
+    assert torch.equal(*answers)
+
+
 # ----------------------------------------------------------------------------------------------------------- the stages
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -14,6 +14,7 @@ import config
 import data
 import lora
 import rank
+import t5
 from hypernet import TAGI
 from train_teacher import check_teachers, load_teachers
 
@@ -128,11 +129,11 @@ class Bench:
         """Another checkpoint beside the frozen LLM, one at a time; None where it is the frozen LLM itself."""
         if self.loaded[0] != path:
             self.loaded = ("", None)                                        # makes room
-            other, tokenizer = common.load_llm(path, "cpu", self.options.precision, self.tagi.options.attention)
+            other, tokenizer = t5.load_llm(path, "cpu", self.options.precision, self.tagi.options.attention)
             if tokenizer.get_vocab() != self.tagi.tokenizer.get_vocab():
                 raise common.UserError(f"{path} has another vocabulary than the frozen LLM; name a checkpoint that shares it, or "
                                        "leave its row out with --rows")
-            same = common.fingerprint(other) == self.tagi.options.llm_fingerprint
+            same = t5.fingerprint(other) == self.tagi.options.llm_fingerprint
             self.loaded = (path, None if same else other.to(self.options.device).requires_grad_(False))
         return self.loaded[1]
 

@@ -1,4 +1,4 @@
-"""Plumbing that holds no science: errors in one line, processes, loading the LLM, run folders, stages, logs."""
+"""Plumbing that holds no science: errors in one line, processes, run folders, stages, logs."""
 import argparse
 import contextlib
 import datetime
@@ -7,12 +7,10 @@ import glob
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -162,14 +160,23 @@ def orthogonalize(stack: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizer(parameters: dict, options):
-    """--optimizer over {name: parameter}. muon: Muon for the matrices between layers, AdamW for the rest, as Muon's authors
-    say: embeddings, head, biases, gains, and stacks of matrices."""
+    """--optimizer over {name: parameter}. muon: Muon for the matrices between layers, AdamW for the rest, as Muon's
+    authors say: embeddings, head, biases, gains, and stacks of matrices.
+
+    The student's norm gains have no weight decay: they multiply and start at 1, and it would pull them to 0.
+    """
+    def groups(names):
+        names = list(names)
+        gains = [parameters[name] for name in names if name.startswith("norm_gains.")]
+        rest = [parameters[name] for name in names if not name.startswith("norm_gains.")]
+        return [group for group in ({"params": rest}, {"params": gains, "weight_decay": 0.0}) if group["params"]]
+
     shared = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters.values(), **shared)
+        return torch.optim.Adafactor(groups(parameters), **shared)
     matrices = {name: p for name, p in parameters.items() if options.optimizer == "muon" and p.ndim == 2
                 and not any(part in name for part in ("shared", "embed", "lm_head", "relative_attention_bias"))}
-    adamw = torch.optim.AdamW([p for name, p in parameters.items() if name not in matrices], betas=(0.9, options.beta2),
+    adamw = torch.optim.AdamW(groups(name for name in parameters if name not in matrices), betas=(0.9, options.beta2),
                               fused=True, **shared)
     return Optimizers(adamw, Muon(matrices, **shared)) if matrices else adamw
 
@@ -240,35 +247,6 @@ class StopSignal:
 
 
 # ------------------------------------------------------------------------------------------------------------ models
-
-def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention: str = "sdpa"):
-    """(llm, tokenizer) of a T5-family checkpoint: a hub name or a local folder.
-
-    Raises UserError where it cannot be found or read, is no encoder-decoder, or its tokenizer has no end token.
-    """
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging as hf_logging
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if not os.path.isdir(path) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
-        raise UserError(f"{path}: no such folder, and no name on the hub; expected a T5-family checkpoint")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with named_file(path, "expected a T5-family checkpoint"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        llm = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: its tokenizer has no end token; use a T5-family tokenizer")
-    return llm.to(device), tokenizer
-
-
-def fingerprint(llm) -> str:
-    """A short hash of the LLM's shapes and of a few of its values, the same in fp32 and bf16."""
-    digest = hashlib.sha256()
-    for name, p in sorted(llm.state_dict().items()):
-        values = p.flatten()[:16].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name.replace('.linear.', '.')}{tuple(p.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
-
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -465,8 +443,16 @@ def resume(folder: str, options, parameters: dict, optimizer) -> int:
         state = torch.load(path, weights_only=True, map_location="cpu")
     if state["step"] != step:
         raise UserError(f"{folder} was cut off while it was being written; start over with --fresh")
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(in_groups_of(optimizer, state["optimizer"]))
     return step
+
+
+def in_groups_of(optimizer, state: dict) -> dict:
+    """A saved state for this optimizer: runs made earlier have the gains not in a group of their own, but at the end of the
+    one group, where they have the same numbers."""
+    if "parts" in state:
+        return {"parts": [in_groups_of(*pair) for pair in zip(optimizer.parts, state["parts"], strict=True)]}
+    return {**state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def begin(folder: str, options, rank: int) -> None:

@@ -75,9 +75,10 @@ def add_shared_options(parser: Parser) -> None:
     g.add_argument("--max-input", type=positive, default=1024, help="tokens of an input, with instruction where it is read")
     g.add_argument("--max-output", type=positive, default=128, help="tokens of an output")
     g = parser.add_argument_group("models")
-    g.add_argument("--model", default="tiny", help="any T5-family checkpoint or folder, or `tiny`: trained here")
+    g.add_argument("--model", default="tiny", help="a T5-family checkpoint (T5, ByT5, mT5, umT5, LongT5) by name or "
+                   "folder, or `tiny`: trained here")
     g.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"], help="Transformers' attention code in the LLM; "
-                   "eager is faster for short texts on a CPU")
+                   "eager is faster for short texts on a CPU, and LongT5 has no other")
     g.add_argument("--llm", default="meta", help="the frozen LLM under teachers and student: base (--model itself), "
                    "meta (after train_teacher.py --stage meta) or a checkpoint")
     g.add_argument("--meta-model", help="a checkpoint that is meta-trained already, such as a Tk-Instruct, instead of the "

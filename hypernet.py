@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import common
 import data
 import lora
+import t5
 from rank import log_likelihoods, owner_of
 
 
@@ -178,8 +179,7 @@ class TAGI(nn.Module):
             shapes = {name: tuple(w.weight.shape[::-1]) for name, w in sites.items()}       # (D_in, D_out)
             self.generator = Generator(shapes, D, options.rank, options.generator, options.width, options.bottleneck)
             self.generator.initialize_weights(lora.init_weights(llm, options.rank, options.seed))
-        stack = [m for m in llm.get_encoder().modules() if type(m).__name__.endswith("LayerSelfAttention")]
-        stack = stack if options.encoder_fusion else []
+        stack = t5.self_attentions(llm) if options.encoder_fusion else []
         self.fusion = nn.ModuleList(InstructionAttention(D, heads, llm.config.d_kv) for _ in stack)
         for l, layer in enumerate(stack):
             layer.register_forward_hook(lambda _, args, out, l=l: self._fuse(l, out))
@@ -398,8 +398,8 @@ class TAGI(nn.Module):
         """
         options = common.load_options(folder, needs="llm_path")
         path = options.llm_path if not options.llm_is_relative else os.path.normpath(os.path.join(folder, options.llm_path))
-        llm, tokenizer = common.load_llm(path, device, precision, options.attention)
-        common.check_fingerprint(common.fingerprint(llm), options.llm_fingerprint, folder, path)
+        llm, tokenizer = t5.load_llm(path, device, precision, options.attention)
+        common.check_fingerprint(t5.fingerprint(llm), options.llm_fingerprint, folder, path)
         tagi = cls(llm, tokenizer, options)
         trained = common.load_weights(tagi.trainable(), folder)
         if trained.get("targets", options.targets) != options.targets:      # q,v and q,k may be of the same shapes

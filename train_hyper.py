@@ -27,6 +27,7 @@ import config
 import data
 import draw
 import lora
+import t5
 from hypernet import TAGI
 from train_teacher import load_teachers
 
@@ -204,10 +205,10 @@ def main(argv=None):
 def train(options, rank, world):
     folder = os.path.join(options.runs, options.name or options.stage)
     path = common.llm_path(options)
-    llm, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
+    llm, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
     options.llm_is_relative = os.path.isdir(path)
     options.llm_path = os.path.relpath(path, folder) if options.llm_is_relative else path
-    options.llm_fingerprint = common.fingerprint(llm)
+    options.llm_fingerprint = t5.fingerprint(llm)
     tagi = TAGI(llm, tokenizer, options)
     parameters = tagi.trainable()
     if not parameters:
@@ -318,7 +319,7 @@ def load_kl_teacher(options, llm_path, tagi):
     path = common.meta_path(options) if options.kl_teacher == "meta" else options.kl_teacher
     if os.path.abspath(path) == os.path.abspath(llm_path):
         return None
-    teacher, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
+    teacher, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
     if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or teacher.config.vocab_size != tagi.llm.config.vocab_size:
         raise common.UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one that shares it")
     return teacher.requires_grad_(False).eval()

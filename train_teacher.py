@@ -28,6 +28,7 @@ import config
 import data
 import draw
 import lora
+import t5
 
 
 def parser():
@@ -161,7 +162,7 @@ def load_tokenizer(path):
 def train_meta(options, rank, world):
     """The LLM on all training tasks, mixed, with the instruction in its input."""
     path = common.base_path(options)
-    llm, tokenizer = common.load_llm(path, options.device, attention=options.attention)       # float32; autocast's arithmetic
+    llm, tokenizer = t5.load_llm(path, options.device, attention=options.attention)       # float32; autocast's arithmetic
     tasks = data.training_tasks(options)
     easy = [dataclasses.replace(t, definitions=t.definitions[:1]) for t in tasks
             if all(len(output.split()) <= 2 for x in t.instances for output in x.outputs)] or tasks
@@ -190,9 +191,9 @@ def train_lora(options, rank, world):
     if options.optimizer == "adafactor":
         raise common.UserError("--optimizer adafactor takes norms over all teachers at once; choose adamw for lora")
     folder, path = folder_of(options, "lora"), common.llm_path(options)
-    llm, tokenizer = common.load_llm(path, options.device, options.precision, options.attention)
+    llm, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
     llm.requires_grad_(False).eval()
-    options.llm_fingerprint = common.fingerprint(llm)
+    options.llm_fingerprint = t5.fingerprint(llm)
     lora.inject_lora(llm, options.targets.split(","), options.rank, options.alpha)
     if options.checkpointing:
         lora.checkpoint_blocks(llm)

@@ -10,8 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM, MT5Config, T5Config, T5Tokenizer
+from transformers.models.longt5.modeling_longt5 import LongT5LayerNorm
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import common
@@ -136,9 +138,10 @@ def _double_norm(self, x):
 @contextlib.contextmanager
 def exactly():
     """float64 through and through: T5's layer norm and attention, and the losses, otherwise round to float32 inside."""
-    with mock.patch.object(T5LayerNorm, "forward", _double_norm), \
-            mock.patch.object(MT5LayerNorm, "forward", _double_norm), \
-            mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    with contextlib.ExitStack() as stack:
+        for norm in (T5LayerNorm, MT5LayerNorm, UMT5LayerNorm, LongT5LayerNorm):
+            stack.enter_context(mock.patch.object(norm, "forward", _double_norm))
+        stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
         yield
 
 

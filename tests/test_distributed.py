@@ -15,6 +15,7 @@ import common
 import config
 import data
 import lora
+import t5
 import train_teacher
 
 pytestmark = pytest.mark.numbers
@@ -128,7 +129,7 @@ def test_dropout_differs_between_micro_batches_and_is_the_same_on_two_ranks_as_i
 
     def logits_of(rank, world, accumulate):
         """{(step, number among all ranks' micro-batches): logits}"""
-        llm, tokenizer = common.load_llm(str(finished.runs / "base"))
+        llm, tokenizer = t5.load_llm(str(finished.runs / "base"))
         for module in llm.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.5

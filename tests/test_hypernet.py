@@ -1,6 +1,7 @@
 """TAGI: step 0, mixed batches, merging, padding, what is the student's own, learning, checkpoints."""
 import copy
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import common
 import data
 import lora
+import t5
 import train_teacher
 from conftest import (ALL, INPUTS, INSTRUCTIONS, KINDS, OUTPUTS, close, lengthen, make_llm, make_random_tagi, make_tagi,
                       make_tokenizer, randomize, student_options, tokens)
@@ -316,6 +318,53 @@ def test_gains_and_embedding_delta_are_a_t5_with_those_weights(kind, exact):
     assert (student - frozen).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_weight_decay_leaves_the_students_norm_gains_alone(name):
+    """A gain without gradient stays 1, where everything else that is not 0 shrinks."""
+    tagi, _ = make_tagi("v1.1", *ALL, f"--optimizer={name}", "--weight-decay=0.5", "--lr=0.1")
+    parameters = tagi.trainable()
+    optimizer = common.make_optimizer(parameters, tagi.options)
+    before = {key: p.detach().clone() for key, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for key, p in parameters.items():
+        if key.startswith("norm_gains."):
+            assert torch.equal(p, torch.ones_like(p))
+        else:
+            assert before[key].norm() == 0 or p.norm() < 0.99 * before[key].norm()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_a_run_whose_optimizer_had_all_in_one_group_goes_on(name, tmp_path):
+    """Its moments find their parameters: the next step is that of a run that was never cut off."""
+    def trained(steps, optimizer, parameters):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for p in parameters.values():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+    def start():
+        tagi, _ = make_tagi("v1.1", *ALL, f"--optimizer={name}")
+        return tagi.options, tagi.trainable()
+
+    options, straight = start()
+    optimizer = common.make_optimizer(straight, options)
+    trained(range(2), optimizer, straight)
+    state = optimizer.state_dict()
+    adamw = state["parts"][0] if name == "muon" else state
+    first, gains = adamw["param_groups"]
+    adamw["param_groups"] = [{**first, "params": first["params"] + gains["params"]}]           # as it was saved then
+    common.save_checkpoint(str(tmp_path), options, straight, mock.Mock(state_dict=lambda: state), step=2)
+    trained([2], optimizer, straight)
+    options, resumed = start()
+    optimizer = common.make_optimizer(resumed, options)
+    assert common.resume(str(tmp_path), options, resumed, optimizer) == 2
+    trained([2], optimizer, resumed)
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_embedding_delta_of_an_unread_token_moves_only_a_tied_heads_logit(kind):
     """A token that is in no text: its own logit changes where head and embedding are tied, and nothing where not."""
@@ -411,7 +460,7 @@ def checkpoint(tmp_path):
     randomize(tagi)
     options = tagi.options
     train_teacher.save_llm(str(tmp_path / "llm"), options, plain, tagi.tokenizer, finished=True)
-    options.llm_path, options.llm_is_relative, options.llm_fingerprint = "../llm", True, common.fingerprint(plain)
+    options.llm_path, options.llm_is_relative, options.llm_fingerprint = "../llm", True, t5.fingerprint(plain)
     common.save_checkpoint(str(tmp_path / "tagi"), options, tagi.trainable(), step=3, finished=True)
     return tagi, tmp_path / "tagi", tmp_path / "llm"
 

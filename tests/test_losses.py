@@ -14,6 +14,7 @@ import common
 import data
 import hypernet
 import lora
+import t5
 import train_hyper
 import train_teacher
 from conftest import (ALL, INSTRUCTIONS, close, exactly, make_llm, make_random_tagi, make_tagi,
@@ -275,14 +276,14 @@ FINGERPRINT = "of the runs' LLM"                        # which in float64 would
 @contextlib.contextmanager
 def in_float64():
     """Within, what train_hyper.train loads and makes is in float64, and so is its arithmetic."""
-    load = common.load_llm
+    load = t5.load_llm
 
     def load_llm(*args):
         llm, tokenizer = load(*args)
         return llm.double(), tokenizer
 
-    with exactly(), mock.patch.object(common, "load_llm", load_llm), \
-            mock.patch.object(common, "fingerprint", lambda llm: FINGERPRINT):
+    with exactly(), mock.patch.object(t5, "load_llm", load_llm), \
+            mock.patch.object(t5, "fingerprint", lambda llm: FINGERPRINT):
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -390,7 +391,7 @@ def test_a_step_is_the_three_losses_written_out_by_hand(step, runs, lambda_ins):
 
 def by_hand(options, lambda_ins):
     """{name: gradient} of the first step."""
-    llm, tokenizer = common.load_llm(f"{options.runs}/meta")
+    llm, tokenizer = t5.load_llm(f"{options.runs}/meta")
     tagi = TAGI(llm, tokenizer, options)
     common.load_weights(tagi.trainable(), f"{options.runs}/pretrain")
     get_batch, units = train_hyper.finetune_batches(options, tagi, 1)
@@ -398,8 +399,8 @@ def by_hand(options, lambda_ins):
     K, labels = len(batch["unit"]), batch["labels"]
     assert sorted(batch["unit"].tolist()) == [0, 1, 2] and len(labels) == 6
 
-    plain = common.load_llm(f"{options.runs}/meta")[0].requires_grad_(False)
-    options.llm_fingerprint = common.fingerprint(plain)
+    plain = t5.load_llm(f"{options.runs}/meta")[0].requires_grad_(False)
+    options.llm_fingerprint = t5.fingerprint(plain)
     lora.inject_lora(plain, ["q", "v"], 2, 3)
     teachers = train_teacher.load_teachers(f"{options.runs}/lora", units, plain, options, "")
     teacher_logits = []
@@ -455,7 +456,7 @@ def test_no_pretrained_starts_anew_and_otherwise_from_the_pretrain_stage(step, r
     """The start values are the checkpoint's, or a fresh student's; parts that are off are left out."""
     options = student_options(*runs)
     with in_float64():                                          # where random numbers are others
-        fresh = TAGI(*common.load_llm(f"{options.runs}/meta"), options).trainable()
+        fresh = TAGI(*t5.load_llm(f"{options.runs}/meta"), options).trainable()
     saved = common.load_file(f"{options.runs}/pretrain/model.safetensors")
     for flags, expected in (((), saved), (("--no-pretrained",), fresh),
                             (("--no-hypernetwork",), part(saved, *GROUPS - {"generator"})),
@@ -469,7 +470,7 @@ def test_a_step_over_two_micro_batches_is_the_mean_over_their_tokens_and_tasks(s
     """Accumulating two micro-batches: gradients weighted by label tokens (L_pred, L_kl) and tasks (L_ins), not averaged."""
     flags = ("--tasks=2", "--instances=1", "--seed=5")
     options = student_options(*runs, *flags)
-    llm, tokenizer = common.load_llm(f"{options.runs}/meta")
+    llm, tokenizer = t5.load_llm(f"{options.runs}/meta")
     get_batch, units = train_hyper.finetune_batches(options, TAGI(llm, tokenizer, options), 2)
     batches = [get_batch(0, micro) for micro in range(2)]
     a, b = ((batch["labels"] != data.IGNORE).sum().item() for batch in batches)

@@ -16,6 +16,7 @@ import draw
 import evaluate
 import lora
 import report
+import t5
 import train_teacher
 from conftest import INPUTS, KINDS, OUTPUTS, apart, make_llm, make_tokenizer
 
@@ -27,7 +28,7 @@ def test_a_saved_llm_comes_back_bit_for_bit_and_its_head_stays_tied_or_untied(ki
     """save_llm and load_llm: the same weights, logits, answers, fingerprint and tokenizer."""
     llm, tokenizer = make_llm(kind), make_tokenizer()
     train_teacher.save_llm(str(tmp_path), train_teacher.parser().parse_args([]), llm, tokenizer, finished=True)
-    loaded, loaded_tokenizer = common.load_llm(str(tmp_path))
+    loaded, loaded_tokenizer = t5.load_llm(str(tmp_path))
     assert type(loaded) is type(llm) and loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
     assert loaded_tokenizer(INPUTS)["input_ids"] == tokenizer(INPUTS)["input_ids"]
     assert (loaded.lm_head.weight is loaded.shared.weight) == (kind == "v1.0")
@@ -39,7 +40,7 @@ def test_a_saved_llm_comes_back_bit_for_bit_and_its_head_stays_tied_or_untied(ki
     assert torch.equal(a, b)
     a, b = (m.generate(ids, attention_mask=mask, max_new_tokens=6) for m in (llm, loaded))
     assert torch.equal(a, b)
-    assert common.fingerprint(loaded) == common.fingerprint(llm) != common.fingerprint(make_llm(kind, seed=1))
+    assert t5.fingerprint(loaded) == t5.fingerprint(llm) != t5.fingerprint(make_llm(kind, seed=1))
 
 
 def test_the_built_in_model_is_untied_and_finite():
@@ -86,19 +87,19 @@ def test_muon_takes_the_matrices_between_layers_and_adamw_the_rest(kind):
 def test_fingerprint_is_of_the_llm_not_of_wrappers_or_precision():
     """Injection and bf16 leave it; changed weights of any one layer do not."""
     llm = make_llm("v1.1")
-    expected = common.fingerprint(llm)
-    assert common.fingerprint(copy.deepcopy(llm).to(torch.bfloat16)) == expected
+    expected = t5.fingerprint(llm)
+    assert t5.fingerprint(copy.deepcopy(llm).to(torch.bfloat16)) == expected
     lora.inject_lora(llm, ["q", "wo"], 2, 2)
-    assert common.fingerprint(llm) == expected
+    assert t5.fingerprint(llm) == expected
     with torch.no_grad():
         llm.get_decoder().block[1].layer[2].layer_norm.weight *= 2
-    assert common.fingerprint(llm) != expected
+    assert t5.fingerprint(llm) != expected
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path):
     """load_llm names what it could not load."""
     with pytest.raises(common.UserError, match="expected a T5-family checkpoint"):
-        common.load_llm(str(tmp_path))
+        t5.load_llm(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------- teachers

@@ -27,8 +27,8 @@ import sample
 import train_hyper
 import train_teacher
 
-STAGES = ("base", "meta", "lora", "pretrain", "finetune")
-MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher,
+STAGES = ("base", "meta", "lora", "lora-all", "pretrain", "finetune")
+MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher, "lora-all": train_teacher,
            "pretrain": train_hyper, "finetune": train_hyper, "evaluate": evaluate}
 KEPT = {"train": 12, "validation": 3, "test": 3, "test_unseen_wording": 3}                 # tasks of each split
 
@@ -53,7 +53,7 @@ def write_config(path: Path, data: Path, runs: Path) -> None:
     config = yaml.safe_load((ROOT / "configs" / "sample.yaml").read_text())
     config |= {"data": str(data), "runs": str(runs), "rank": 2, "alpha": 2, "max_output": 4, "threads": 1}
     for stage in STAGES:
-        config[stage] |= {"steps": 2, "tasks": 4, "log_every": 1}
+        config[stage.replace("-", "_")] |= {"steps": 2, "tasks": 4, "log_every": 1}
     text = {"text": str(data / "corpus.txt"), "text_length": 24}
     config["base"] |= text | {"width": 16, "ff": 16}
     config["pretrain"] |= text | {"width": 16, "bottleneck": 16}

@@ -3,7 +3,9 @@
 A line answers (task, instance) pairs. Models and data are loaded when first asked for, one other LLM beside the frozen one
 at a time.
 """
+import argparse
 import functools
+import json
 import os
 
 import numpy as np
@@ -42,7 +44,6 @@ class Bench:
 
     def __init__(self, options):
         self.options = options
-        self.command = f"python train_teacher.py --stage lora{common.config_flag(options)}"
         if options.bench == "p3":
             self.tasks = data.load_p3(options.data, options.split, options.eval_instances, options.p3_input)
             self.listed = len(data.P3_TEST)
@@ -64,38 +65,65 @@ class Bench:
     @functools.cached_property
     def trained(self):
         """Every fifth training task (enough for a mean), with instances that no teacher was trained on."""
-        tasks = data.training_tasks(self.options, 10, skip=self.options.max_instances)[::5]
+        folder, _, command = self.teachers_of("teachers")
+        if not os.path.isdir(folder):
+            raise common.UserError(f"{folder}: no LoRA teachers; first run {command}")
+        used = common.load_options(folder, "max_instances").max_instances   # by the teachers, whatever is asked for now
+        tasks = data.training_tasks(self.options, 10, skip=used)[::5]
         if not tasks:
-            raise common.UserError(f"no training task in {self.options.data} has more than --max-instances "
-                                   f"{self.options.max_instances}, so none are held out; choose --rows without teachers")
+            raise common.UserError(f"no training task in {self.options.data} has more than the {used} instances that {folder} was "
+                                   "trained on (--max-instances), so none are held out; choose --rows without teachers")
         return tasks
 
     @functools.cached_property
     def givers(self):
         """{task name: the task whose instruction it is given instead of its own}."""
-        others = of_another_kind(self.tasks) if self.options.bench == "p3" else shuffled(self.tasks)
-        return dict(zip([t.name for t in self.tasks], others))
+        if len(self.tasks) == 1:
+            return {}
+        return dict(zip([t.name for t in self.tasks], of_another_kind(self.tasks)))
 
     def tasks_of(self, row):
         return self.trained if row == "teachers" else self.reworded if row.endswith("unseen_wording") else self.tasks
 
     def rows(self):
-        """The rows to be made, in the table's order."""
+        """The rows to be made, in the table's order. What cannot be made is left out with a word, or refused where asked for."""
         o = self.options
-        if o.rows is None:
-            left_out = {"no_finetuning"} if o.bench == "sample" else set(NOT_FOR[o.bench])
-            if o.split != "test":
-                left_out |= UNSEEN_WORDING
-            if not os.path.isdir(os.path.join(o.runs, "lora-all")):        # Table 4's Tk-Instruct-LoRA, trained on demand
-                left_out |= {"meta_lora"}
-            return [row for row in ROWS if row not in left_out]
-        asked = o.rows.split(",")
+        asked = [] if o.rows is None else o.rows.split(",")
         for row in asked:
             if row not in ROWS:
                 raise common.UserError(f"--rows: unknown row '{row}'" + config.closest(row, ROWS) + "; --help lists them")
             if row in NOT_FOR[o.bench]:
                 raise common.UserError(f"--rows: {row} is no row of --bench {o.bench}")
-        return [row for row in ROWS if row in asked]
+        wanted = asked
+        if o.rows is None:
+            left_out = {"no_finetuning"} if o.bench == "sample" else set(NOT_FOR[o.bench])
+            if o.split != "test":
+                left_out |= UNSEEN_WORDING
+            wanted = [row for row in ROWS if row not in left_out]
+        for row, reason in self.missing().items():
+            shuffled = row == "tagi_shuffled"
+            if wanted == [row] or (row in asked and not shuffled) or (shuffled and o.floor_margin is not None):
+                raise common.UserError(f"the row {row} cannot be made: {reason}")
+            if row in wanted:
+                print(f"left out: {ROWS[row]}: {reason}")
+                wanted = [x for x in wanted if x != row]
+        if "tagi_shuffled" in wanted and len({kind(task) for task in self.tasks}) == 1:
+            print(f"{ROWS['tagi_shuffled']}: all tasks are of one category, so it is that of another task of the same one")
+        return [row for row in ROWS if row in wanted]
+
+    def missing(self) -> dict:
+        """{row that cannot be made: why}."""
+        o, reasons = self.options, {}
+        if len(self.tasks) == 1:
+            reasons["tagi_shuffled"] = "there is one task only, and none to take another instruction from"
+        folder, _, command = self.teachers_of("meta_lora")
+        if not os.path.isdir(folder):
+            reasons["meta_lora"] = f"first run {command}"
+        path = os.path.join(o.runs, "lora", "config.yaml")
+        if os.path.isfile(path) and "data_digest" not in common.read_yaml(path, "train the teachers again"):
+            reasons["teachers"] = ("they were trained on each file's first instances, before rows were shuffled, so what is held "
+                                   "out is not known; train the stage lora again with --fresh")
+        return reasons
 
     def sources(self, rows) -> dict:
         """What the predictions depend on, so that an evaluation goes on only where all of it is the same.
@@ -104,26 +132,58 @@ class Bench:
         """
         o = self.options
         marks = {key: getattr(o, key) for key in ("split", "precision", "max_input", "max_output", "normalize")}
-        marks["tasks"] = common.digest(repr(self.tasks))
+        marks["bench"] = o.bench
+        marks["tasks"] = common.digest(repr(self.tasks) + repr({name: t.name for name, t in self.givers.items()}))
         if any(row.endswith("unseen_wording") for row in rows):
             marks["reworded"] = common.digest(repr(self.reworded))
         if set(rows) - HEURISTICS:
+            self.check_training_tasks()
             marks["checkpoint"] = common.weights_digest(checkpoint_of(o)) + self.tagi.options.llm_fingerprint
         if {"meta", "meta_unseen_wording"} & set(rows):
             marks["meta"] = common.weights_digest(common.meta_path(o))
         if "no_finetuning" in rows:
             marks["base"] = common.weights_digest(common.base_path(o))
         for row in {"teachers", "meta_lora"} & set(rows):
-            folder, unit = self.teachers_of(row)
+            folder, unit, command = self.teachers_of(row)
             units = sorted({data.unit_of(t, unit) for t in self.tasks_of(row)})
-            check_teachers(folder, units, self.tagi.options, self.command)
+            check_teachers(folder, units, self.tagi.options, command)
+            record = vars(common.load_options(folder))
+            common.check_digests(self.tagi.options, folder, record)
+            if row == "teachers":                                           # which answers training tasks of the data now
+                common.check_digests(self.training_data(record), folder, record)
             marks[row] = common.weights_digest(folder) + common.digest(repr(self.tasks_of(row)))
         return marks
 
+    def check_training_tasks(self):
+        """Raises UserError where the student was not trained on what its data folder holds now, or on tasks under test."""
+        o, trained, folder = self.options, self.tagi.options, checkpoint_of(self.options)
+        tokenizer = argparse.Namespace(tokenizer_digest=common.tokenizer_digest(self.tagi.tokenizer))
+        common.check_digests(tokenizer, folder, vars(trained))
+        if os.path.realpath(o.data) == os.path.realpath(trained.data):      # else own tasks, or a copy of part of the data
+            common.check_digests(self.training_data(vars(trained)), folder, vars(trained))
+        path = f"{folder}/training_tasks.json"
+        if o.split == "train" or not os.path.isfile(path):
+            return
+        with common.named_file(path, "train this stage again"), open(path, encoding="utf-8") as f:
+            known = data.known_tasks(self.tasks, json.load(f))
+        if known:
+            raise common.UserError(f"{folder} was trained on {len(known)} of the {len(self.tasks)} {o.split} tasks in {o.data}: "
+                                   f"{', '.join(known[:3])} …; evaluate it on the data that it was trained for")
+
+    def training_data(self, record):
+        """The digest of the training tasks that the data folder holds now, made as that in a run's record was."""
+        options = argparse.Namespace(data=self.options.data, format=self.options.format,
+                                     allow_missing=record.get("allow_missing", False))
+        vars(options).update(data.tasks_digest(options))
+        return options
+
     def teachers_of(self, row):
-        """(folder of the LoRA teachers, what each is for)."""
-        name, unit = ("lora", self.tagi.options.unit) if row == "teachers" else ("lora-all", "all")
-        return os.path.join(self.options.runs, name), unit
+        """(folder of the LoRA teachers, what each is for, the command that trains them)."""
+        stage, unit = ("lora-all", "all")
+        if row == "teachers":
+            stage, unit = "lora", self.tagi.options.unit
+        command = f"python train_teacher.py --stage {stage}{common.config_flag(self.options)}"
+        return os.path.join(self.options.runs, stage), unit, command
 
     def llm(self, path):
         """Another checkpoint beside the frozen LLM, one at a time; None where it is the frozen LLM itself."""
@@ -188,10 +248,10 @@ class Bench:
             return self.ask(items, [x.choices for _, x in pairs], weights, llm)
         return answer
 
-    def teachers(self, tasks, folder, unit):
+    def teachers(self, tasks, folder, unit, command):
         """(the LoRA teachers of these tasks, stacked, {task name: its teacher's number})."""
         units = sorted({data.unit_of(t, unit) for t in tasks})
-        stacked = load_teachers(folder, units, self.tagi.llm, self.tagi.options, self.command)
+        stacked = load_teachers(folder, units, self.tagi.llm, self.tagi.options, command)
         return stacked, {t.name: units.index(data.unit_of(t, unit)) for t in tasks}
 
     def ask(self, items, choices=None, weights=None, llm=None, **options):
@@ -225,21 +285,13 @@ def checkpoint_of(options):
     return folder
 
 
-def shuffled(tasks):
-    """Every task's instruction replaced by that of another one: a random cycle, always the same."""
-    order = np.random.default_rng(0).permutation(len(tasks)).tolist()
-    other = dict(zip(order, np.roll(order, 1).tolist()))
-    return [tasks[other[i]] for i in range(len(tasks))]
+def kind(task):
+    """A task's category; ANLI, CB and RTE of P3 are one kind: their templates are nearly the same."""
+    return "nli" if task.category in ("anli_r1", "anli_r2", "anli_r3", "cb", "rte") else task.category
 
 
 def of_another_kind(tasks):
-    """For every P3 task one drawn from another kind of task, always the same; where all are of one kind, any other one.
-
-    ANLI, CB and RTE are one kind: their templates are nearly the same.
-    """
-    def kind(task):
-        return "nli" if task.category in ("anli_r1", "anli_r2", "anli_r3", "cb", "rte") else task.category
-
+    """For every task one drawn from another kind of task, always the same; where all are of one kind, any other one."""
     rng = np.random.default_rng(0)
-    others = [[x for x in tasks if kind(x) != kind(t)] or [x for x in tasks if x is not t] or [t] for t in tasks]
+    others = [[x for x in tasks if kind(x) != kind(t)] or [x for x in tasks if x is not t] for t in tasks]
     return [candidates[rng.integers(len(candidates))] for candidates in others]

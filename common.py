@@ -256,12 +256,41 @@ def weights_digest(path: str) -> str:
     """A hash of every weights file in a checkpoint's folder and below; a hub name stands for itself."""
     if not os.path.isdir(path):
         return path
-    digest = hashlib.sha256()
     folder = glob.escape(path)
-    for file in sorted(glob.glob(f"{folder}/**/*.safetensors", recursive=True) + glob.glob(f"{folder}/*.bin")):
+    return files_digest(sorted(glob.glob(f"{folder}/**/*.safetensors", recursive=True) + glob.glob(f"{folder}/*.bin")), path)
+
+
+def files_digest(files: list[str], root: str) -> str:
+    """A hash of these files' names below `root` and of their bytes."""
+    digest = hashlib.sha256()
+    for file in files:
         with open(file, "rb") as f:
-            digest.update(os.path.relpath(file, path).encode() + hashlib.file_digest(f, "sha256").digest())
+            digest.update(os.path.relpath(file, root).encode() + hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer) -> str:
+    return digest(repr(sorted(tokenizer.get_vocab().items())))
+
+
+# What a stage read, as its config.yaml records it -> what is said where a later run reads something else.
+DIGESTS = {
+    "data_digest": "the training tasks in {data} are not those that {folder} was trained on",
+    "text_digest": "the plain text in {text} is not that which {folder} was trained on",
+    "tokenizer_digest": "the tokenizer is not the one that {folder} was trained with",
+}
+
+
+def check_digests(options, folder: str, record: dict, keys=tuple(DIGESTS)) -> None:
+    """Raises UserError where `folder`, whose config.yaml is `record`, was trained on something else than options' run reads.
+
+    What one of the two does not know (a run of earlier code, files that are gone) is not compared.
+    """
+    for key in keys:
+        now, then = getattr(options, key, None), record.get(key)
+        if None not in (now, then) and now != then:
+            raise UserError(DIGESTS[key].format(**vars(options) | {"folder": folder}) + "; train it again with --fresh, or put "
+                            "back what it was trained on")
 
 
 def check_fingerprint(found: str, expected: str, folder: str, llm_path: str) -> None:
@@ -288,6 +317,8 @@ def finished_stage(options, stage: str) -> str:
     if not is_finished(folder):
         raise UserError(f"{folder} is not there or not finished; first run "
                         f"python train_teacher.py --stage {stage}{config_flag(options)}")
+    record = read_yaml(f"{folder}/config.yaml", "train this stage again")
+    check_digests(options, folder, record, ["data_digest"])                 # texts may differ from stage to stage
     return folder
 
 
@@ -378,11 +409,15 @@ IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_
            "runs", "teachers_at_once", "processes")
 
 
-def run_stage(folder: str, options, rank: int, world: int, stage, ranks_share_a_batch: bool = True) -> None:
-    """Run a stage unless it is done; rank 0 says what runs, with which effective batch."""
+def run_stage(folder: str, options, rank: int, world: int, stage, digest_of_data, ranks_share_a_batch: bool = True) -> None:
+    """Run a stage unless it is done; rank 0 says what runs, with which effective batch.
+
+    digest_of_data: options -> a hash of what the stage reads, by its key in DIGESTS.
+    """
     write_suite(options, rank)
     wait_for_all_ranks()                                                    # rank 0 may still be saving the stage before
     options.processes = world
+    vars(options).update(digest_of_data(options))
     if skip_finished(folder, options, rank == 0):
         return
     if ranks_share_a_batch:
@@ -410,9 +445,10 @@ def skip_finished(folder: str, options, print_it: bool) -> bool:
         return False
     old = vars(load_options(folder))
     for key, value in vars(options).items():
-        if key not in IGNORED and old.get(key, value) != value:
+        if key not in IGNORED and key not in DIGESTS and old.get(key, value) != value:
             raise UserError(f"{folder} holds a run with --{key.replace('_', '-')} {old[key]}, not {value}; start over with "
                             "--fresh, or keep it and choose another folder with --runs")
+    check_digests(options, folder, old)
     if old["finished"] and print_it:
         print(f"{folder}: finished at step {old['step']}, nothing to do (--fresh starts over)")
     return bool(old["finished"])
@@ -457,9 +493,11 @@ def in_groups_of(optimizer, state: dict) -> dict:
 
 def begin(folder: str, options, rank: int) -> None:
     """Just before the first step, all that the stage needs having been read: only here --fresh removes the old run."""
-    if "llm_fingerprint" in options and not options.fresh and os.path.isfile(f"{folder}/config.yaml"):
-        check_fingerprint(options.llm_fingerprint, load_options(folder, "llm_fingerprint").llm_fingerprint, folder,
-                          llm_path(options))
+    if not options.fresh and os.path.isfile(f"{folder}/config.yaml"):
+        check_digests(options, folder, vars(load_options(folder)))
+        if "llm_fingerprint" in options:
+            check_fingerprint(options.llm_fingerprint, load_options(folder, "llm_fingerprint").llm_fingerprint, folder,
+                              llm_path(options))
     if rank == 0:
         if options.fresh:
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,8 @@ import torch
 
 import common
 
-SECTIONS = ("base", "meta", "lora", "pretrain", "finetune", "evaluate")    # what a config file may hold beside options
+# What a config file may hold beside options.
+SECTIONS = ("base", "meta", "lora", "lora_all", "pretrain", "finetune", "evaluate")
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,8 +107,8 @@ def add_training_options(parser: Parser, steps: int) -> None:
                    help="share of the steps after which the schedule starts anew")
     g.add_argument("--weight-decay", type=at_least(0, finite), default=0.01)
     g.add_argument("--beta2", type=at_least(0, finite), default=0.999)
-    g.add_argument("--clip", type=at_least(0, finite), default=1.0, help="largest gradient norm; 0: no clipping (LoRA teachers "
-                   "are not clipped)")
+    g.add_argument("--clip", type=at_least(0, finite), default=1.0, help="largest gradient norm; 0: no clipping (teachers of the "
+                   "stage lora are not clipped)")
     g.add_argument("--checkpointing", default=False, help="gradient checkpointing: each block of the LLM runs again in the "
                    "backward pass, for less memory", **flag)
     g.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")

@@ -38,7 +38,7 @@ def measure_cost(bench, demos, n=100, repeats=5, n_tasks=4):
     bench: an `evaluate.Bench`. Returns {row: {"flops": .., "ms": .., "formula": ..}} for the rows that a model answers. FLOPs are
     from PyTorch's counter, adapter generation and merging included; times are medians over tasks and repeats, the ways
     taking turns. formula: the paper's N(t + n·i) for TAGI and N·n(t + i) with the instruction in the input, relative to the
-    latter, t and i being the mean tokens of instruction and instance. LoRA teachers are measured unmerged, as they answer;
+    latter, t and i being the mean tokens of instruction and instance, cut where each model cuts them. LoRA teachers are measured unmerged, as they answer;
     a model without finetuning computes just what the meta-trained one does.
     """
     references = [x.outputs[0] for t in bench.tasks for x in t.instances]
@@ -65,23 +65,47 @@ def measure_cost(bench, demos, n=100, repeats=5, n_tasks=4):
             "tagi": lambda own, other, inputs: merged(own, inputs),
             "tagi_shuffled": lambda own, other, inputs: merged(other, inputs),
             "tagi_empty": lambda own, other, inputs: merged(("", []), inputs)}
-    flops, seconds, t, i = {w: [] for w in ways}, {w: [] for w in ways}, 0, 0
+    flops, seconds, tokens = {w: [] for w in ways}, {w: [] for w in ways}, np.zeros(4)
     for k, task in enumerate(tasks):
         inputs = [task.instances[j % len(task.instances)].input.strip() or "." for j in range(n)]
         own, other = ((x.definitions[0], x.demonstrations[:demos]) for x in (task, tasks[k - 1]))
-        t += n * len(tagi.tokenizer(data.instruction_text(*own))["input_ids"])
-        i += sum(map(len, tagi.tokenizer([data.instance_text(x) for x in inputs])["input_ids"]))
+        tokens += count_tokens(tagi, own, inputs, bench.options.max_input)
         for way, run in ways.items():                                       # the first run, counted, also warms up; without
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):     # flash attention, which the
                 run(own, other, inputs)                                     # counter does not know on a CPU
             flops[way].append(counter.get_total_flops() / n)
         take_turns(ways, (own, other, inputs), repeats, seconds)
-    once = (t / n + i) / (t + i)
-    formula = {"meta": 1.0, "teachers": 1.0, "no_instruction": i / (t + i), "tagi": once, "tagi_shuffled": once,
-               "tagi_empty": i / (t + i)}
+    instruction, instances, alone, together = tokens
+    once = (instruction + instances) / together
+    formula = {"meta": 1.0, "teachers": 1.0, "no_instruction": alone / together, "tagi": once, "tagi_shuffled": once,
+               "tagi_empty": instances / together}
     costs = {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) / n * 1000,
                    "formula": formula[way]} for way in ways}
     return costs | {"meta_lora": costs["teachers"], "no_finetuning": costs["meta"]}
+
+
+def count_tokens(tagi, instruction, inputs, max_input):
+    """What the formula counts for these inputs of one task, after each model's own cut: an array of four sums.
+
+    t, the instruction as the hypernetwork reads it; i over the inputs as the student reads them, and as a plain LLM does;
+    t + i over the inputs where an LLM reads both together, without the demonstrations that do not fit.
+    """
+    def length(text):
+        return len(tagi.tokenizer(text)["input_ids"])
+
+    def fitting(limit, *inputs):
+        """The instruction without the demonstrations that would take it, or it and the input, over the limit."""
+        definition, demonstrations = instruction
+        write = data.prompt_text if inputs else data.instruction_text
+        while demonstrations and length(write(definition, demonstrations, *inputs)) > limit:
+            demonstrations = demonstrations[:-1]
+        return length(data.instruction_text(definition, demonstrations))
+
+    limit, own_limit = tagi.options.max_instruction, tagi.options.max_input
+    i = np.array([length(data.instance_text(x)) for x in inputs])
+    t = np.array([fitting(max_input, x) for x in inputs])
+    return np.array([min(fitting(limit), limit), np.minimum(i, own_limit).sum(), np.minimum(i, max_input).sum(),
+                     np.minimum(t + i, max_input).sum()])
 
 
 def measure_ranking(bench, demos, repeats=5, n=20, n_tasks=4):

@@ -13,6 +13,7 @@ import glob
 import itertools
 import json
 import os
+import random
 import re
 import string
 import warnings
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UserError, named_file
+from common import UserError, digest, files_digest, named_file
 from templates import LONGEST_FIELD, Template, load_templates
 
 IGNORE = -100                                  # label of positions that do not count, as in PyTorch's cross-entropy
@@ -54,8 +55,9 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
              allow_missing: bool = False) -> list[Task]:
     """The tasks of a split in the official layout, each with its instances skip : skip + max_instances.
 
-    split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of each test task. With
-    skip, a task may have none left; with allow_missing, tasks whose files are absent are left out.
+    split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of each test task. Those of
+    the split train are shuffled first, as in the official code: many files are sorted by class. With skip, a task may have
+    none left; with allow_missing, tasks whose files are absent are left out.
     Raises UserError for a missing folder or file, broken JSON, a task without definition, an instance without output.
     """
     files = [os.path.join(root, "tasks", name + ".json") for name in listed_tasks(root, split)]
@@ -65,7 +67,7 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
         remedy = f"get them all: {GET_SNI}" + " (or go on with those there: --allow-missing)" * (not allow_missing)
         raise UserError(f"{split_file(root, split)} names {len(absent)} tasks whose files are not in {root}/tasks: {names} …; "
                         + remedy)
-    return [read_task(file, max_instances, skip) for file in files if file not in absent]
+    return [read_task(file, max_instances, skip, shuffle=split == "train") for file in files if file not in absent]
 
 
 def split_file(root: str, split: str) -> str:
@@ -103,12 +105,59 @@ def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> 
     return [task for task in tasks if task.category in kept and task.instances]
 
 
+def tasks_digest(options) -> dict:
+    """{"data_digest": a hash of the training split's files}, which are not parsed; {} where they are not all there."""
+    root = options.data
+    if options.format == "p3":
+        folder = glob.escape(root)
+        names = [name for d in P3_TRAIN for name in (f"templates/{d}/templates.yaml", f"{d}/train.jsonl")]
+        files = [os.path.join(root, name) for name in names] + sorted(glob.glob(f"{folder}/*prompted*/*.jsonl"))
+    elif os.path.isfile(split_file(root, "train")):
+        with open(split_file(root, "train"), "rb") as f:
+            names = f.read().decode(errors="replace").split()
+        files = [os.path.join(root, "tasks", name + ".json") for name in names]
+    else:
+        return {}
+    there = [file for file in files if os.path.isfile(file)]
+    complete = options.format == "p3" or options.allow_missing or len(there) == len(files)
+    return {"data_digest": files_digest(there, root)} if there and complete else {}
+
+
+def text_digest(options) -> dict:
+    """{"text_digest": a hash of the file of plain text}; {} where it is not there."""
+    there = os.path.isfile(options.text)
+    return {"text_digest": files_digest([options.text], os.path.dirname(options.text))} if there else {}
+
+
+def names_and_definitions(tasks: list[Task]) -> dict:
+    """{a task's name: a hash of its definition}: what `known_tasks` knows them again by."""
+    return {task.name: digest(" ".join(task.definitions[0].split())) for task in tasks}
+
+
+def known_tasks(tasks: list[Task], trained_on: dict) -> list[str]:
+    """Names of those tasks that are among `trained_on` (of `names_and_definitions`) by definition or by name.
+
+    A name counts without its number (task061_…): another seed of the built-in suite numbers the same tasks anew.
+    """
+    def plain(name):
+        return re.sub(r"^task\d+_", "", name)
+
+    names, definitions = set(map(plain, trained_on)), set(trained_on.values())
+    return [name for name, definition in names_and_definitions(tasks).items()
+            if plain(name) in names or definition in definitions]
+
+
 def is_texts(value) -> bool:
     """A list of texts, not empty."""
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Task:
+def read_task(path: str, max_instances: int | None = None, skip: int = 0, shuffle: bool = False) -> Task:
+    """A task file's instances skip : skip + max_instances, in the file's order or, with `shuffle`, in another.
+
+    That one is a function of the task's name and its number of instances alone: whatever its seed, every stage takes the
+    same ones, and those that follow them are held out. Raises UserError for what is no task's file.
+    """
     with named_file(path, "a task's file is one JSON object; fetch or write it again"), open(path, encoding="utf-8") as f:
         record = json.load(f)
 
@@ -124,7 +173,11 @@ def read_task(path: str, max_instances: int | None = None, skip: int = 0) -> Tas
     need(isinstance(rows, list) and rows, "no Instances; every task needs some")
     need(isinstance(examples, list), "Positive Examples are no list")
     name, instances, demonstrations = os.path.basename(path).removesuffix(".json"), [], []
-    for n, row in enumerate(rows[skip:None if max_instances is None else skip + max_instances], skip):
+    numbers = list(range(len(rows)))
+    if shuffle:
+        random.Random(name).shuffle(numbers)
+    for n in numbers[skip:None if max_instances is None else skip + max_instances]:
+        row = rows[n]
         outputs = row.get("output") if isinstance(row, dict) else None
         outputs = [outputs] if isinstance(outputs, str) else outputs
         need(is_texts(outputs) and isinstance(row.get("input"), str), f"instance {n} has no input or no output")
@@ -330,6 +383,17 @@ def cut_and_pad(tokenizer, rows: list[list[int]], limit: int, device="cpu") -> t
             _warned.add(limit)
         rows = [row if len(row) <= limit else row[:limit - 1] + [tokenizer.eos_token_id] for row in rows]
     return pad(rows, tokenizer.pad_token_id, device)
+
+
+def unknown_words(tokenizer, texts: list[str]) -> list[str]:
+    """Those words of the texts, each once and in order, of which the tokenizer knows no piece or not every piece.
+
+    A word is what stands between white space, told without the ASCII punctuation around it.
+    """
+    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    rows = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    unknown = [word for word, row in zip(words, rows) if tokenizer.unk_token_id in row]
+    return list(dict.fromkeys(word.strip(string.punctuation) or word for word in unknown))
 
 
 def pad(rows: list[list[int]], value: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:

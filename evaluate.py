@@ -118,8 +118,8 @@ def predict(bench, row, demos, done, file):
         answer = bench.answerer(row, demos, group) if todo else None
         for batch in data.batches(todo, bench.options.batch_size):
             for (task, x), text in zip(batch, answer(batch), strict=True):
-                record = {"row": ROWS[row], "demos": demos, "id": x.id, "task": task.name, "category": task.category,
-                          "prediction": text, "references": x.outputs}
+                record = {"bench": bench.options.bench, "row": ROWS[row], "demos": demos, "id": x.id, "task": task.name,
+                          "category": task.category, "prediction": text, "references": x.outputs}
                 done[ROWS[row], demos, task.name, x.id] = record
                 file.write(json.dumps(record) + "\n")
             file.flush()
@@ -220,6 +220,26 @@ def missed_floors(results: list[dict], options) -> list[str]:
     return missed
 
 
+def bench_of_predictions(options) -> str:
+    """Which benchmark --rescore's file is of, and so by which rule it is scored.
+
+    The file's own lines say it, or the config.yaml that an evaluation left beside it; else --bench, by default sni.
+    Raises UserError where they name two.
+    """
+    records = data.read_json_lines(options.rescore, "--rescore reads predictions, one JSON object a line")
+    found = {r["bench"] for r in records if isinstance(r.get("bench"), str)}
+    beside = os.path.join(os.path.dirname(options.rescore), "config.yaml")
+    if not found and os.path.isfile(beside):
+        written = common.read_yaml(beside, "move it away, or the predictions elsewhere")
+        found = {written["bench"]} if {"bench", "sources"} <= written.keys() else set()
+    if options.bench:
+        found.add(options.bench)
+    if len(found) > 1:
+        raise common.UserError(f"{options.rescore} is scored by the rules of one benchmark, not of {' and '.join(sorted(found))}: "
+                               "drop --bench, or keep predictions of one")
+    return found.pop() if found else "sni"
+
+
 def rescore(options):
     """The results of predictions that are there, in our own form or the official one; a missing one scores as empty."""
     remedy = "--rescore reads predictions, one JSON object a line"
@@ -262,6 +282,8 @@ def answer(options):
     if not options.instruction.strip() or not options.input:
         raise common.UserError("--instruction needs some text, and at least one --input")
     tagi = TAGI.load(checkpoint, options.device, options.precision)
+    if unknown := data.unknown_words(tagi.tokenizer, [options.instruction, *options.input]):
+        print(f"warning: words the model does not know: {', '.join(unknown)}", file=sys.stderr)
     for text in tagi.generate(options.input, tagi.adapt([options.instruction]), max_new_tokens=options.max_output):
         print(text)
 
@@ -269,7 +291,7 @@ def answer(options):
 @common.command
 def main(argv=None):
     options = config.parse(parser(), "evaluate", argv)
-    options.bench = options.bench or ("sni" if options.rescore else "sample")
+    options.bench = bench_of_predictions(options) if options.rescore else options.bench or "sample"
     options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
     options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
     rows = ROWS if options.rows is None else options.rows.split(",")

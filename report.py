@@ -81,15 +81,29 @@ def in_units(x: float) -> str:
             return f"{x:.1f} {unit}"
 
 
-SIZES = {(768, 12): 0, (2048, 24): 1, (4096, 24): 2}                     # (d_model, layers) of T5 Base, XL, XXL -> column
+# Of T5 v1.1, which T5-LM, T0 and Tk-Instruct are: (d_model, d_ff, d_kv, heads, layers of encoder, of decoder) -> the paper's
+# name. By d_model and layers alone T5 v1.0's 3B and 11B would be Large.
+SIZES = {
+    (768, 2048, 64, 12, 12, 12): "base",
+    (1024, 2816, 64, 16, 24, 24): "large",
+    (2048, 5120, 64, 32, 24, 24): "xl",
+    (4096, 10240, 64, 64, 24, 24): "xxl",
+}
+
+
+def size_of(llm_config) -> str | None:
+    """base, large, xl or xxl; None for an LLM that the paper did not have (mT5 has the same shapes, but more words)."""
+    c = llm_config
+    shape = (c.d_model, c.d_ff, c.d_kv, c.num_heads, c.num_layers, c.num_decoder_layers)
+    return SIZES.get(shape) if c.model_type == "t5" else None
 
 
 def published_sni(llm_config) -> list[dict]:
     """The paper's rows (its Table 2) for an LLM of this size; none for a size that it does not have."""
-    size = SIZES.get((llm_config.d_model, llm_config.num_layers))
-    if size is None:
+    sizes = ["base", "xl", "xxl"]
+    if size_of(llm_config) not in sizes:
         return []
-    rows = paper_results()["sni"]
+    size, rows = sizes.index(size_of(llm_config)), paper_results()["sni"]
     return [{"row": f"paper: {name}", "demos": demos, "rouge_l": row[setting][size], "flops_ratio": row["rel_flops"]}
             for demos, setting in ((0, "def"), (2, "def_2pos")) for name, row in rows.items()
             if row[setting][size] is not None]
@@ -123,15 +137,12 @@ def p3_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-P3_SIZES = {(768, 12): 0, (1024, 24): 1, (2048, 24): 2}                  # T5 Base, Large, XL
-
-
 def published_p3(llm_config) -> list[dict]:
     """The paper's rows (its Table 3) for an LLM of this size, started from T5-LM and from T0; none for another size."""
-    size = P3_SIZES.get((llm_config.d_model, llm_config.num_layers))
-    if size is None:
+    sizes = ["base", "large", "xl"]
+    if size_of(llm_config) not in sizes:
         return []
-    averages, rows = paper_results()["p3"], []
+    size, averages, rows = sizes.index(size_of(llm_config)), paper_results()["p3"], []
     for name in averages["mtest11"] | averages["hypert5"]:
         for start, label in (("t5_lm", "T5-LM"), ("t0", "T0")):
             numbers = [averages[average].get(name, {}).get(start, [None] * 3)[size] for average in ("mtest11", "hypert5")]
@@ -207,17 +218,15 @@ def ablations(options) -> None:
         if not os.path.isdir(options.data + name):
             python("sample.py", f"--out={options.data}{name}", f"--seed={seed}")
         train("train_teacher.py", *shared[seed])
-        train("train_teacher.py", *shared[seed], "--stage=lora", "--unit=all", "--name=lora-all", "--tasks=48")
         train("train_hyper.py", "--stage=pretrain", *shared[seed])
     scores = {}                                                     # row -> {demos: [one result a seed]}
     for row, flags in ABLATIONS.items():
         run = "finetune" + "".join(flags).replace("--", "-").replace("=", "-")
         for seed, name in enumerate(names):
             train("train_hyper.py", "--stage=finetune", *shared[seed], *[f"--name={run}"] * bool(flags), *flags)
-            out = f"{options.runs}{name}/evaluate-{run}"
-            if not os.path.isfile(f"{out}/results.json"):
-                python("evaluate.py", *shared[seed], f"--checkpoint={options.runs}{name}/{run}", f"--out={out}",
-                       f"--split={options.split}", *["--rows=tagi"] * bool(flags))
+            out = f"{options.runs}{name}/evaluate-{run}"                    # predictions of this very checkpoint and split
+            python("evaluate.py", *shared[seed], f"--checkpoint={options.runs}{name}/{run}", f"--out={out}",     # are reused
+                   f"--split={options.split}", *["--rows=tagi"] * bool(flags))
             with open(f"{out}/results.json") as f:
                 for r in json.load(f)["results"]:
                     label = row if r["row"] == "TAGI, right instruction" else r["row"]

@@ -14,6 +14,7 @@ Table 4's ablations are one flag each: --no-pretrained, --no-fusion, --lambda-ce
 --no-hypernetwork.
 """
 import itertools
+import json
 import os
 import sys
 
@@ -139,13 +140,13 @@ def targets(labels, device):
     return {"labels": labels.to(device), "positions": data.target_positions(labels).to(device)}
 
 
-def finetune_batches(options, tagi, n_micro):
+def finetune_batches(options, tagi, n_micro, tasks=None):
     """K instructions, N instances: what the hypernetwork reads (K, S), the student (N, T), the teacher (N, T').
 
     Where the same instruction is drawn twice it is there once. index: instance -> instruction, (N,); None where the
-    instances of each are a block of N / K.
+    instances of each are a block of N / K. tasks: the training tasks, where they have been read already.
     """
-    tasks = data.training_tasks(options)
+    tasks = data.training_tasks(options) if tasks is None else tasks
     units = sorted({data.unit_of(task, options.unit) for task in tasks})
     tokenizer, device = tagi.tokenizer, options.device
 
@@ -199,7 +200,8 @@ def main(argv=None):
     if stage == "finetune" and not (options.lambda_ce or options.lambda_kl):
         raise common.UserError("--lambda-ce 0 with --lambda-kl 0 leaves no loss on the labels; drop one of them")
     rank, world = common.init_processes(options)
-    common.run_stage(os.path.join(options.runs, options.name or stage), options, rank, world, train)
+    common.run_stage(os.path.join(options.runs, options.name or stage), options, rank, world, train,
+                     data.text_digest if stage == "pretrain" else data.tasks_digest)
 
 
 def train(options, rank, world):
@@ -209,6 +211,7 @@ def train(options, rank, world):
     options.llm_is_relative = os.path.isdir(path)
     options.llm_path = os.path.relpath(path, folder) if options.llm_is_relative else path
     options.llm_fingerprint = t5.fingerprint(llm)
+    options.tokenizer_digest = common.tokenizer_digest(tokenizer)
     tagi = TAGI(llm, tokenizer, options)
     parameters = tagi.trainable()
     if not parameters:
@@ -218,11 +221,12 @@ def train(options, rank, world):
         lora.checkpoint_blocks(llm, tagi.repetition)
 
     # What the stage needs from earlier ones.
-    teachers = teacher_llm = None
+    tasks = teachers = teacher_llm = None
     if options.stage == "pretrain":
         get_batch = pretrain_batches(options, tagi, world * options.accumulate)
     else:
-        get_batch, units = finetune_batches(options, tagi, world * options.accumulate)
+        tasks = data.training_tasks(options)
+        get_batch, units = finetune_batches(options, tagi, world * options.accumulate, tasks)
         if aligns(options) or (options.lambda_kl and options.kl_teacher == "lora"):
             teachers = load_teachers(os.path.join(options.runs, "lora"), units, llm, options,
                                      f"python train_teacher.py --stage lora{common.config_flag(options)}")
@@ -233,6 +237,8 @@ def train(options, rank, world):
     if options.stage == "finetune" and options.pretrained and start == 0:
         start_from_pretrained(options, parameters)
     common.begin(folder, options, rank)
+    if rank == 0 and tasks is not None:                                     # so that none of them is evaluated on
+        common.write_text(f"{folder}/training_tasks.json", json.dumps(data.names_and_definitions(tasks), indent=0))
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
 
     for step in range(start, options.steps):
@@ -338,6 +344,7 @@ def start_from_pretrained(options, parameters):
         if (options.hypernetwork or key == "llm_fingerprint") and old.get(key, new) != new:
             raise common.UserError(f"{folder} was trained with {key} {old[key]}, not {new}; "
                                    "train it again with --fresh, or start without it: --no-pretrained")
+    common.check_digests(options, folder, vars(old))
     common.load_weights(parameters, folder, strict=False)
 
 

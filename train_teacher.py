@@ -5,6 +5,8 @@
            compares with, a possible KL teacher, and by default the frozen LLM under everything that follows
     lora   LoRA teachers (METHOD "training with instance"): for every category or task, LoRA weights Δ_i on the frozen
            LLM, reading instruction and input
+    lora-all   one LoRA for all training tasks ("meta-trained with one LoRA", Tk-Instruct-LoRA in Table 4): meta with LoRA
+               weights on the frozen LLM in place of its own; section lora_all of a config
 
 Launch (without --stage: the stages that the config lists, in order):
     python train_teacher.py                                     # the built-in suite, configs/sample.yaml
@@ -14,6 +16,7 @@ Launch (without --stage: the stages that the config lists, in order):
 import argparse
 import dataclasses
 import glob
+import functools
 import os
 import shutil
 import sys
@@ -35,7 +38,7 @@ def parser():
     p = config.Parser(__doc__)
     config.add_shared_options(p)
     g = p.add_argument_group("stage")
-    g.add_argument("--stage", choices=["base", "meta", "lora"], help="one stage; default: those of --stages")
+    g.add_argument("--stage", choices=["base", "meta", "lora", "lora-all"], help="one stage; default: those of --stages")
     g.add_argument("--name", help="folder under --runs; default: the stage's name")
     config.add_training_options(p, steps=10_000)
     g = p.add_argument_group("base and meta")
@@ -85,7 +88,7 @@ def save_llm(folder, options, llm, tokenizer, **kwargs):
 
 
 def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
-    """Train all weights of the LLM on `get_batch(step, micro) -> (ids, mask, labels)`; stages base and meta."""
+    """Train all weights of the LLM; stages base and meta."""
     llm.to(options.device).train()
     if options.checkpointing and options.compile:
         raise common.UserError("--compile does not work with --checkpointing; choose one of them")
@@ -93,7 +96,15 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
         lora.checkpoint_blocks(llm)
     if options.compile:
         llm.compile(dynamic=True)                                           # texts differ in length: one program for all
-    parameters = dict(llm.named_parameters())
+    save = functools.partial(save_llm, folder, options, llm, tokenizer)
+    train_together(folder, options, llm, dict(llm.named_parameters()), save, get_batch, rank, world)
+
+
+def train_together(folder, options, llm, parameters, save, get_batch, rank, world):
+    """Train these parameters on `get_batch(step, micro) -> (ids, mask, labels)`, all ranks sharing a batch.
+
+    save(optimizer=.., step=.., finished=..) writes a checkpoint to the folder.
+    """
     optimizer = common.make_optimizer(parameters, options)
     start = common.resume(folder, options, parameters, optimizer)
     common.begin(folder, options, rank)
@@ -126,7 +137,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
         log(step + 1, lr, {"loss": total})
         finished = step + 1 == options.steps
         if rank == 0 and (finished or stopping or (step + 1) % options.save_every == 0):
-            save_llm(folder, options, llm, tokenizer, optimizer=optimizer, step=step + 1, finished=finished)
+            save(optimizer=optimizer, step=step + 1, finished=finished)
         if stopping and not finished:
             common.leave(folder, step + 1, log)
     log.close()
@@ -138,6 +149,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
 def train_base(options, rank, world):
     """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
     tokenizer = load_tokenizer(os.path.join(options.data, "tokenizer"))
+    options.tokenizer_digest = common.tokenizer_digest(tokenizer)
     documents = data.read_documents(options.text)
     eos, pad, n = tokenizer.eos_token_id, tokenizer.pad_token_id, options.tasks * options.instances
     deal = draw.by_length(lambda *at: draw.draw_documents(documents, draw.generator(options.seed, *at), n), options,
@@ -163,16 +175,20 @@ def train_meta(options, rank, world):
     """The LLM on all training tasks, mixed, with the instruction in its input."""
     path = common.base_path(options)
     llm, tokenizer = t5.load_llm(path, options.device, attention=options.attention)       # float32; autocast's arithmetic
+    options.tokenizer_digest = common.tokenizer_digest(tokenizer)
     tasks = data.training_tasks(options)
     easy = [dataclasses.replace(t, definitions=t.definitions[:1]) for t in tasks
             if all(len(output.split()) <= 2 for x in t.instances for output in x.outputs)] or tasks
+    if options.drop_instruction and all(x.prompt == x.input for t in tasks for x in t.instances):
+        raise common.UserError("--drop-instruction: here every input is the whole prompt, with the instruction in it; choose 0, or "
+                               "rows with their own fields and --p3-input fields")
 
     def draws(step, micro):
         rng = draw.generator(options.seed, step, micro)
         easy_only, early = step < options.easy_first * options.steps, step < options.demos_after * options.steps
         demos = 0 if early else draw.n_demonstrations(options.demos, options.seed, step)
         drawn = draw.draw_tasks(easy if easy_only else tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
-        return [dataclasses.replace(d, definition="", demonstrations=[])
+        return [dataclasses.replace(d, definition="", demonstrations=[], prompts=[x for x, _ in d.pairs])
                 if not easy_only and rng.random() < options.drop_instruction else d for d in drawn]
 
     deal = draw.by_length(draws, options, world * options.accumulate)
@@ -186,17 +202,57 @@ def train_meta(options, rank, world):
     train_llm(folder_of(options, "meta"), options, llm, tokenizer, get_batch, rank, world)
 
 
-def train_lora(options, rank, world):
-    """LoRA teachers on the frozen LLM, several side by side: a batch mixes them, each example uses its own weights."""
+def load_frozen_llm(options):
+    """(the frozen LLM with places for LoRA weights, its tokenizer), for the stages lora and lora-all."""
     if options.optimizer == "adafactor":
         raise common.UserError("--optimizer adafactor takes norms over all teachers at once; choose adamw for lora")
-    folder, path = folder_of(options, "lora"), common.llm_path(options)
-    llm, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
+    llm, tokenizer = t5.load_llm(common.llm_path(options), options.device, options.precision, options.attention)
     llm.requires_grad_(False).eval()
     options.llm_fingerprint = t5.fingerprint(llm)
+    options.tokenizer_digest = common.tokenizer_digest(tokenizer)
     lora.inject_lora(llm, options.targets.split(","), options.rank, options.alpha)
     if options.checkpointing:
         lora.checkpoint_blocks(llm)
+    return llm, tokenizer
+
+
+def train_lora_all(options, rank, world):
+    """One LoRA on the frozen LLM for all training tasks, mixed: a baseline that is trained as the student is.
+
+    Other than a category's teacher it is trained by all ranks together, on batches like finetuning's.
+    """
+    folder = folder_of(options, "lora-all")
+    llm, tokenizer = load_frozen_llm(options)
+    tasks = data.training_tasks(options)
+    weights = lora.init_weights(llm, options.rank, options.seed)           # {site: (r, D_in), (D_out, r)}
+    lora.set_weights(llm, weights)
+    parameters = {name: p.requires_grad_() for name, p in flatten(weights).items()}
+
+    def draws(step, micro):
+        rng = draw.generator(options.seed, step, micro)
+        demos = draw.n_demonstrations(options.demos, options.seed, step)
+        return draw.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
+
+    deal = draw.by_length(draws, options, world * options.accumulate)
+
+    def get_batch(step, micro):
+        drawn = deal(step, micro)
+        items = [(d.definition, d.demonstrations, text) for d in drawn for text in d.prompts]
+        ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
+        return ids, mask, data.labels(tokenizer, [y for d in drawn for _, y in d.pairs], options.max_output, options.device)
+
+    def save(finished, **kwargs):
+        if finished:                                                        # before the stage calls itself finished
+            save_teacher(folder, options, "all", weights)
+        common.save_checkpoint(folder, options, parameters, finished=finished, **kwargs)
+
+    train_together(folder, options, llm, parameters, save, get_batch, rank, world)
+
+
+def train_lora(options, rank, world):
+    """LoRA teachers on the frozen LLM, several side by side: a batch mixes them, each example uses its own weights."""
+    folder = folder_of(options, "lora")
+    llm, tokenizer = load_frozen_llm(options)
     units = {}
     for task in data.training_tasks(options):
         units.setdefault(data.unit_of(task, options.unit), []).append(task)
@@ -322,7 +378,9 @@ def load_teachers(folder, units, llm, options, command):
     check_teachers(folder, units, options, command)
     stacked = lora.init_weights(llm, options.rank, 0, len(units))
     for n, unit in enumerate(units):
-        common.load_weights(flatten(lora.select(stacked, n)), teacher_folder(folder, unit))
+        path = teacher_folder(folder, unit)
+        common.check_digests(options, path, vars(common.load_options(path)))
+        common.load_weights(flatten(lora.select(stacked, n)), path)
     return stacked
 
 
@@ -330,7 +388,7 @@ def folder_of(options, stage):
     return os.path.join(options.runs, options.name or stage)
 
 
-STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora}
+STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora, "lora-all": train_lora_all}
 
 
 @common.command
@@ -340,9 +398,12 @@ def main(argv=None):
     for stage in [first.stage] if first.stage else first.stages.split(","):
         if stage not in STAGES:
             raise common.UserError(f"--stages: unknown stage '{stage}'; choose from {', '.join(STAGES)}")
-        options = config.parse(parser(), stage, argv)
+        options = config.parse(parser(), stage.replace("-", "_"), argv)
+        if stage == "lora-all":
+            options.unit = "all"
         rank, world = common.init_processes(options)
-        common.run_stage(folder_of(options, stage), options, rank, world, STAGES[stage], stage != "lora")
+        common.run_stage(folder_of(options, stage), options, rank, world, STAGES[stage],
+                         data.text_digest if stage == "base" else data.tasks_digest, stage != "lora")
 
 
 if __name__ == "__main__":

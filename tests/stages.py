@@ -28,8 +28,8 @@ import train_hyper
 import train_teacher
 from conftest import THREADS
 
-STAGES = ("base", "meta", "lora", "pretrain", "finetune")
-MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher,
+STAGES = ("base", "meta", "lora", "lora-all", "pretrain", "finetune")
+MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher, "lora-all": train_teacher,
            "pretrain": train_hyper, "finetune": train_hyper, "evaluate": evaluate}
 KEPT = {"train": 12, "validation": 3, "test": 3, "validation_unseen_wording": 3, "test_unseen_wording": 3}
 
@@ -56,7 +56,7 @@ def write_config(path: Path, data: Path, runs: Path) -> None:
     config |= {"rank": 2, "alpha": 2, "max_output": 4}
     config |= {"meta_model": None, "stages": ["base", "meta", "lora"]}        # all of it is trained here
     for stage in STAGES:
-        config[stage] |= {"steps": 2, "tasks": 4, "log_every": 1}
+        config[stage.replace("-", "_")] |= {"steps": 2, "tasks": 4, "log_every": 1}
     text = {"text": str(data / "corpus.txt"), "text_length": 24}
     config["base"] |= text | {"width": 16, "layers": 2, "ff": 16}
     config["pretrain"] |= text | {"width": 16, "bottleneck": 16}

@@ -11,7 +11,7 @@ import yaml
 
 pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
-from stages import ROOT, Project, environment
+from stages import ROOT, STAGES, Project, at_step, environment, interrupt
 
 import data
 import evaluate
@@ -240,6 +240,118 @@ def test_a_text_file_that_is_no_text_is_named(project, tmp_path):
     path = tmp_path / "image.txt"
     path.write_bytes(bytes(range(256)))
     assert str(path) in project.refuses("base", "--name=other", "--text", path)
+
+
+# ------------------------------------------------------------------------------------------------- data that has changed
+
+@pytest.fixture
+def own(project, tmp_path) -> Project:
+    """The project as if it had been trained on a data folder of its own."""
+    other = project.copy(tmp_path / "own", data=tmp_path / "data")
+    other.config = tmp_path / "own.yaml"
+    other.config.write_text(project.config.read_text().replace(str(project.data), str(other.data)))
+    for record in other.runs.rglob("config.yaml"):
+        record.write_text(record.read_text().replace(str(project.data), str(other.data)))
+    return other
+
+
+def change_a_training_task(project):
+    name = (project.data / "splits" / "default" / "train_tasks.txt").read_text().split()[5]
+    path = project.data / "tasks" / f"{name}.json"
+    record = json.loads(path.read_text())
+    record["Instances"][7]["output"] = ["changed"]
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("stage", ["base", "meta", "lora", "lora-all", "pretrain", "finetune"])
+def test_data_that_changed_under_a_finished_stage_is_noticed(own, stage):
+    """The training tasks, or the plain text where that is what the stage read; --fresh trains on what is there now."""
+    assert "nothing to do" in own.run(stage)
+    change_a_training_task(own)
+    (own.data / "corpus.txt").write_text("Anna went to Paris .\n" * 50)
+    line = own.refuses(stage)
+    path = own.data / "corpus.txt" if stage in ("base", "pretrain") else own.data
+    assert f"in {path} " in line and str(own.runs / stage) in line and "--fresh" in line
+
+
+@pytest.mark.parametrize("stage, upstream", [("lora", "meta"), ("lora-all", "meta"), ("finetune", "meta"), ("finetune", "lora")])
+def test_a_stage_on_other_training_tasks_than_those_before_it_is_refused(own, stage, upstream):
+    change_a_training_task(own)
+    flags = [f"--llm={own.runs / 'meta'}"] if upstream == "lora" else []        # named as a path, it may be of other tasks
+    line = own.refuses(stage, "--name=other", *flags)
+    assert f"the training tasks in {own.data} " in line and str(own.runs / upstream) in line
+
+
+def test_training_does_not_go_on_with_other_training_tasks_or_another_tokenizer(own, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 1, interrupt)
+        own.run("pretrain", "--name=cut", "--steps=4")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 1, interrupt)
+        own.run("meta", "--name=cut_meta", "--steps=4")
+    swap_words(own.runs / "meta")
+    line = own.refuses("pretrain", "--name=cut", "--steps=4")
+    assert "tokenizer" in line and str(own.runs / "cut") in line
+    assert "tokenizer" in own.refuses("evaluate", "--rows=tagi") and "tokenizer" in own.refuses("finetune", "--name=other", "--no-pretrained")
+    change_a_training_task(own)
+    line = own.refuses("meta", "--name=cut_meta", "--steps=4")
+    assert "training tasks" in line and str(own.runs / "cut_meta") in line
+
+
+def swap_words(folder):
+    """Two words of an LLM's tokenizer change places."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[100][0], vocab[101][0] = vocab[101][0], vocab[100][0]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_a_student_is_not_evaluated_where_its_training_tasks_have_changed(own, tmp_path):
+    """Another seed's suite written over the data; a copy of the data as it was is as good as the folder itself."""
+    copy = tmp_path / "copy"
+    shutil.copytree(own.data, copy)
+    change_a_training_task(own)
+    line = own.refuses("evaluate", "--rows=tagi", "--split=validation")
+    assert f"the training tasks in {own.data} " in line and str(own.runs / "finetune") in line
+    own.run("evaluate", "--rows=tagi,teachers", "--split=validation", "--data", copy)
+    shutil.copytree(own.data, tmp_path / "changed")                         # another folder: the student may be tested there,
+    own.run("evaluate", "--rows=tagi", "--split=validation", "--data", tmp_path / "changed")
+    line = own.refuses("evaluate", "--rows=teachers", "--split=validation", "--data", tmp_path / "changed")    # not its teachers
+    assert str(tmp_path / "changed") in line and str(own.runs / "lora") in line
+
+
+@pytest.mark.parametrize("how", ["name", "definition"])
+def test_a_task_that_the_student_was_trained_on_is_no_test_task(own, tmp_path, how):
+    """Found by its name, whatever its number, or by its definition."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(own.data, folder)
+    trained, tested = ((folder / "splits" / "default" / f"{split}_tasks.txt").read_text().split()[1] for split in ("train", "test"))
+    text = (folder / "tasks" / f"{trained}.json").read_text()
+    if how == "name":
+        name = "task999_" + trained.partition("_")[2]
+        text = json.dumps(json.loads(text) | {"Definition": ["Something else ."]})
+    else:
+        name = "task999_something_else"
+    (folder / "tasks" / f"{name}.json").write_text(text)
+    (folder / "splits" / "default" / "test_tasks.txt").write_text(f"{tested}\n{name}\n")
+    line = own.refuses("evaluate", "--rows=tagi", "--data", folder)
+    assert "1 of the 2 test tasks" in line and name in line and str(own.runs / "finetune") in line
+    own.run("evaluate", "--rows=copy_input", "--data", folder)
+
+
+def test_runs_of_earlier_code_which_recorded_no_digests_still_load(own, monkeypatch):
+    """Their teachers saw each file's first rows, so which are held out is not known: that row alone is left out."""
+    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: {})
+    for path in own.runs.rglob("config.yaml"):
+        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "_digest:" not in line))
+    for path in own.runs.rglob("training_tasks.json"):
+        path.unlink()
+    for stage in STAGES:
+        assert "nothing to do" in own.run(stage)
+    own.run("finetune", "--name=other")
+    out = own.run("evaluate", "--split=validation")
+    assert "left out: LoRA teachers" in out and "--fresh" in out and "| TAGI, right instruction |" in out and "| LoRA teachers" not in out
+    assert "--fresh" in own.refuses("evaluate", "--split=validation", "--rows=teachers")
 
 
 # ------------------------------------------------------------------------------------------------------ own instruction

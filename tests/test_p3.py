@@ -29,6 +29,7 @@ from templates import Template, load_templates
 P3 = Path(os.environ["TAGI_DATA"]) / "p3" if "TAGI_DATA" in os.environ else None
 real_data = pytest.mark.skipif(P3 is None, reason="TAGI_DATA names no folder with P3's templates and rows")
 
+SHARED_BY_LORA_ALL = ("steps", "tasks", "instances", "accumulate", "bucket_steps", "lr", "schedule", "warmup", "demos", "vary_demos")
 COPA = {"premise": "The sun rose.", "choice1": "It got warm.", "choice2": "It got dark.", "question": "effect", "label": 0}
 RTE = {"premise": "A cat sat.", "hypothesis": "A cat stood.", "label": 1}
 
@@ -49,6 +50,7 @@ RTE = {"premise": "A cat sat.", "hypothesis": "A cat stood.", "label": 1}
      {"keys": ["a", "b"], "values": [1, 2], "target": " t "}, ("a=1;b=2;", "t", [])),
     (Template("d", "most frequent", "{{ votes | most_frequent | join(',') }} ||| {{ votes[0] }}"), {"votes": list("abcab")}, ("a,b", "a", [])),
     (Template("d", "pipes in the row", "{{text}}! ||| {{text}}", "{{text}} ||| b"), {"text": "a|||c"}, ("a|||c!", "a|||c", ["a|||c", "b"])),
+    (Template("d", "three pieces", "{{premise}} ||| {{hypothesis}} ||| {{label}}"), RTE, None),
     (Template("d", "another kind of row", '{% if question == "cause" %}{{premise}} ||| {{choice1}}{% endif %}'), COPA, None),
     (Template("d", "hidden label", "{{premise}} ||| {% if label != -1 %}{{label}}{% endif %}"), RTE | {"label": -1}, None)],
     ids=lambda x: x.name if isinstance(x, Template) else "")
@@ -80,6 +82,9 @@ def test_a_random_choice_is_a_function_of_template_and_row():
      "premise  because / so  choice1 or choice2?\nAnswers: choice1, choice2", ["premise", "question", "choice1", "choice2"]),
     ('{% if question == "effect" %}\n{{ premise }} What next? ||| {{answer_choices[label]}}{% endif %}', "{{choice1}} ||| {{choice2}}",
      "premise What next?\nAnswers: choice1, choice2", ["premise"]),
+    ("{% if l == 0 %}{{a}} ||| {{t}}{% elif l == 1 %}{{b}} ||| {{t}}{% elif l == 2 %}{{c}} ||| {{t}}{% else %}{{d}} ||| {{t}}{% endif %}",
+     None, "a / b / c / d", ["a", "b", "c", "d"]),
+    ("Is it {% if l == 0 %}{{a}}{% elif l == 1 %}{{b}}{% elif l == 2 %}{{c}}{% endif %}? ||| {{t}}", None, "Is it a / b / c ?", ["a", "b", "l", "c"]),
     ("{% for f in facts %}{{f | lower}}{% endfor %} {{ ', '.join(answer_choices) }}: {{answers.text}} ||| {{label}}", "a ||| b",
      "facts a, b: answers.text\nAnswers: a, b", ["facts", "answers"]),
     ("{% set x = premise %}Say {{'it'}}: {{x[0] | upper}}{{x[1:]}} {{premise}} ||| {{target}}", None, "Say it: premise premise", ["premise"])])
@@ -391,11 +396,12 @@ def test_averages_are_the_papers():
 @pytest.fixture
 def p3_project(project, p3, monkeypatch):
     """LoRA teachers, student and a config for the miniature P3, on the LLM of the tests' suite."""
-    options = yaml.safe_load(project.config.read_text()) | {"data": str(p3), "format": "p3", "demos": 0, "vary_demos": False}
+    options = yaml.safe_load(project.config.read_text()) | {"data": str(p3), "format": "p3", "demos": 0, "vary_demos": False,
+                                                            "llm": str(project.runs / "meta")}      # of other training tasks
     own = p3.parent / "p3.yaml"
     own.write_text(yaml.safe_dump(options))
-    project.config = own
-    for stage in ("lora", "finetune"):
+    project.config, project.data_of_p3 = own, p3
+    for stage in ("lora", "lora-all", "finetune"):
         project.run(stage, "--fresh", "--no-pretrained" if stage == "finetune" else "--tasks=2")
     measure = evaluate.measure_ranking
     monkeypatch.setattr(evaluate, "measure_ranking", lambda bench, demos, repeats: measure(bench, demos, 1, 2, 1))
@@ -406,7 +412,8 @@ def test_p3_is_trained_on_and_evaluated_with_its_controls(p3_project):
     assert sorted(path.parent.name for path in p3_project.runs.glob("lora/*/model.safetensors")) == ["ag_news", "imdb"]
     out = p3_project.run("evaluate", "--bench=p3")
     found = json.loads((p3_project.runs / "evaluate/results.json").read_text())
-    assert [r["key"] for r in found["results"]] == ["tagi", "tagi_shuffled", "tagi_empty", "meta", "no_finetuning", "no_instruction"]
+    assert [r["key"] for r in found["results"]] == ["tagi", "tagi_shuffled", "tagi_empty", "meta", "meta_lora", "no_finetuning",
+                                                     "no_instruction"]
     predictions = [json.loads(line) for line in (p3_project.runs / "evaluate/predictions.jsonl").read_text().splitlines()]
     for r in found["results"]:
         mine = [p for p in predictions if p["row"] == r["row"]]
@@ -461,10 +468,45 @@ def test_a_shuffled_instruction_is_of_another_kind_of_task(p3):
     assert bench.of_another_kind(few) == few[::-1]
 
 
+def test_dropping_the_instruction_leaves_the_fields_of_p3_and_is_refused_where_there_are_none(p3_project, monkeypatch):
+    """The meta-training's inputs with all instructions dropped are those of the student; prompts alone have no fields."""
+    def texts(*flags):
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "tokenize_instructed", lambda tokenizer, items, *rest: seen.extend(
+                data.prompt_text(*item) for item in items) or data.tokenize(tokenizer, ["x"] * len(items), 4))
+            p3_project.run("meta", "--name=dropped", "--fresh", "--easy-first=0", *flags)
+        return set(seen)
+
+    tasks = data.load_p3(str(p3_project.data_of_p3), "train")
+    inputs, prompts = ({getattr(x, key) for t in tasks for x in t.instances} for key in ("input", "prompt"))
+    dropped = texts("--drop-instruction=1")
+    assert dropped <= inputs and dropped - prompts
+    assert texts("--drop-instruction=0") <= prompts
+    assert "--drop-instruction" in p3_project.refuses("meta", "--name=other", "--drop-instruction=0.5", "--p3-input=prompt")
+
+
 def test_p3_has_a_test_split_and_rows_of_its_own(p3_project):
     assert "train and test" in p3_project.refuses("evaluate", "--bench=p3", "--split=validation")
     for row in ("teachers", "copy_demo", "tagi_unseen_wording"):
         assert row in p3_project.refuses("evaluate", "--bench=p3", f"--rows=tagi,{row}")
+
+
+@pytest.mark.parametrize("size, column", [("base", 0), ("large", 1), ("xl", 2), ("xxl", None), ("v1.0 3B", None), ("v1.0 11B", None)])
+def test_published_rows_are_those_of_the_models_size(size, column):
+    """T5 v1.0's 3B and 11B have Large's width and layers."""
+    import report
+    from random_t5 import t5_config
+    from transformers import T5Config
+    v1_0 = {"v1.0 3B": (16384, 32), "v1.0 11B": (65536, 128)}
+    if size in v1_0:
+        d_ff, heads = v1_0[size]
+        llm_config = T5Config(d_model=1024, d_kv=128, d_ff=d_ff, num_heads=heads, num_layers=24)
+    else:
+        llm_config = t5_config(size)
+    rows = {r["row"]: r["mtest11"] for r in report.published_p3(llm_config)}
+    assert not rows if column is None else rows["tagi, T5-LM"] == [45.6, 54.7, 58.9][column]
+    assert column is not None or size == "xxl" or not report.published_sni(llm_config)
 
 
 @pytest.mark.parametrize("size, lr, tasks, accumulate", [("base", 1e-4, 8, 2), ("large", 1e-4, 4, 4), ("xl", 5e-5, 2, 4)])
@@ -472,6 +514,8 @@ def test_the_configs_hold_the_papers_table_6(size, lr, tasks, accumulate):
     path = f"--config={ROOT}/configs/p3-{size}.yaml"
     lora = config.parse(train_teacher.parser(), "lora", [path])
     finetune = config.parse(train_hyper.parser(), "finetune", [path])
+    lora_all = config.parse(train_teacher.parser(), "lora_all", [path])
+    assert all(vars(lora_all)[key] == vars(finetune)[key] for key in SHARED_BY_LORA_ALL) and "lora-all" in lora_all.stages.split(",")
     assert all(vars(o)[key] == value for o in (lora, finetune) for key, value in {
         "rank": 32, "targets": "q,v", "unit": "category", "format": "p3", "max_instances": 1000, "max_input": 512, "max_output": 64}.items())
     assert (finetune.lr, finetune.tasks, finetune.accumulate, finetune.steps) == (lr, tasks, accumulate, 20_000)

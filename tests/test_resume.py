@@ -14,7 +14,8 @@ from stages import ROOT, STAGES, at_step, environment, interrupt
 
 import common
 
-NEEDS = {"base": (), "meta": ("base",), "lora": ("meta",), "pretrain": ("meta",), "finetune": ("meta", "lora", "pretrain")}
+NEEDS = {"base": (), "meta": ("base",), "lora": ("meta",), "lora-all": ("meta",), "pretrain": ("meta",),
+         "finetune": ("meta", "lora", "pretrain")}
 FOUR = ("--steps", "4", "--save-every", "2")
 
 
@@ -32,7 +33,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize("stage, flags", [
-    ("base", ()), ("meta", ()), ("meta", ("--accumulate", "2", "--optimizer", "adafactor")), ("pretrain", ()), ("finetune", ()),
+    ("base", ()), ("meta", ()), ("lora-all", ()), ("lora-all", ("--accumulate", "2", "--bucket-steps", "3")), ("meta", ("--accumulate", "2", "--optimizer", "adafactor")), ("pretrain", ()), ("finetune", ()),
     ("finetune", ("--train-embeddings", "--demos", "2", "--schedule", "linear")),
     ("meta", ("--bucket-steps", "3", "--accumulate", "2")), ("pretrain", ("--bucket-steps", "3")),
     ("finetune", ("--bucket-steps", "3", "--accumulate", "2")), ("finetune", ("--no-hypernetwork", "--optimizer", "adafactor"))])
@@ -55,7 +56,7 @@ def test_resumed_after_ctrl_c_equals_uninterrupted(finished, tmp_path, monkeypat
     assert [row["step"] for row in cut.log(stage)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("stage", ["meta", "pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["meta", "lora-all", "pretrain", "finetune"])
 def test_resumed_from_the_last_checkpoint_of_a_killed_run_equals_uninterrupted(finished, tmp_path, monkeypatch, stage):
     straight, cut = (finished.copy(tmp_path / name, NEEDS[stage]) for name in ("straight", "cut"))
     straight.run(stage, *FOUR)

@@ -1,0 +1,48 @@
+"""Put a trained checkpoint into a folder that ships with the repository: weights in bf16, no optimizer.
+
+    bash quickstart.sh --from-scratch
+    python assets/pack.py runs/from-scratch/meta assets/t5-tiny         # the frozen LLM of the built-in suite
+    bash quickstart.sh
+    python assets/pack.py runs/sample/finetune assets/tagi-tiny         # a TAGI for it
+"""
+import argparse
+import os
+import shutil
+import sys
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "log.jsonl")
+
+
+def pack(source, target):
+    """Copy the checkpoint in the folder `source` to `target`; a TAGI's path to its LLM then starts there."""
+    os.makedirs(target, exist_ok=True)
+    for name in KEPT:
+        if os.path.isfile(f"{source}/{name}"):
+            shutil.copy(f"{source}/{name}", f"{target}/{name}")
+    with safe_open(f"{source}/model.safetensors", "pt") as f:
+        metadata = f.metadata()
+    weights = {name: w.to(torch.bfloat16) for name, w in load_file(f"{source}/model.safetensors").items()}
+    save_file(weights, f"{target}/model.safetensors", metadata)
+    with open(f"{source}/config.yaml", encoding="utf-8") as f:
+        record = yaml.safe_load(f)
+    if record.get("llm_is_relative"):
+        record["llm_path"] = os.path.relpath(os.path.join(source, record["llm_path"]), target)
+    with open(f"{target}/config.yaml", "w", encoding="utf-8") as f:
+        yaml.safe_dump(record, f, sort_keys=False)
+    size = sum(entry.stat().st_size for entry in os.scandir(target))
+    print(f"{target}: {sum(w.numel() for w in weights.values())} weights, {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a finished stage's folder")
+    parser.add_argument("target", help="the folder to write")
+    args = parser.parse_args()
+    if not os.path.isfile(f"{args.source}/config.yaml"):
+        sys.exit(f"error: {args.source}/config.yaml: no such file; name the folder of a finished stage")
+    pack(args.source, args.target)

@@ -60,7 +60,7 @@ class Bench:
 
     @functools.cached_property
     def reworded(self):
-        return data.load_sni(self.options.data, "test_unseen_wording", self.options.eval_instances)
+        return data.load_sni(self.options.data, self.options.split + "_unseen_wording", self.options.eval_instances)
 
     @functools.cached_property
     def trained(self):
@@ -97,7 +97,7 @@ class Bench:
         wanted = asked
         if o.rows is None:
             left_out = {"no_finetuning"} if o.bench == "sample" else set(NOT_FOR[o.bench])
-            if o.split != "test":
+            if not os.path.isfile(data.split_file(o.data, o.split + "_unseen_wording")):
                 left_out |= UNSEEN_WORDING
             wanted = [row for row in ROWS if row not in left_out]
         for row, reason in self.missing().items():

@@ -6,7 +6,7 @@ Launch:
     python evaluate.py --bench sni --data DIR --rows copy_input,copy_demo
     python evaluate.py --bench p3 --checkpoint DIR              # T0's held-out tasks
     python evaluate.py --rescore predictions.jsonl --references test_references.jsonl
-    python evaluate.py --instruction "Find the city ." --input "Anna went to Paris on Monday ." --input "..."
+    python evaluate.py --instruction "Find the city." --input "Anna went to Paris on Monday."    # by the model in assets/
     python evaluate.py --ablations --seeds 3                    # retrain finetuning without each part (Table 4)
 
 Predictions are written to predictions.jsonl as they come; an interrupted evaluation goes on from there. results.json and
@@ -32,6 +32,7 @@ from hypernet import TAGI
 from rouge import rouge_l
 
 TASKS_AT_ONCE = 16                              # whose adapters are held at a time
+OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tagi-tiny")      # a TAGI of the built-in suite
 
 
 def parser():
@@ -41,7 +42,7 @@ def parser():
     g.add_argument("--bench", choices=["sample", "sni", "p3"], help="default: sample, the built-in suite; it counts exact "
                    "match strictly, sni as the official script; p3 ranks answer choices")
     g.add_argument("--checkpoint", help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs "
-                   "and the like; default: finetune under --runs")
+                   "and the like; default: finetune under --runs, for an own instruction assets/tagi-tiny")
     g.add_argument("--split", default="test", help="test, or validation to choose settings on")
     g.add_argument("--eval-instances", type=config.positive, help="instances of each task, the first ones; default: 100, "
                    "for p3 all")
@@ -277,8 +278,9 @@ def rescore(options):
 
 
 def answer(options):
-    """One instruction, some inputs: what a user does with a trained model."""
-    checkpoint = checkpoint_of(options)
+    """One instruction, some inputs: what a user does with a trained model; where none is named, with the one in assets/."""
+    named = options.checkpoint or (options.config, options.runs) != ("configs/sample.yaml", "runs/sample")
+    checkpoint = checkpoint_of(options) if named else OWN
     if not options.instruction.strip() or not options.input:
         raise common.UserError("--instruction needs some text, and at least one --input")
     tagi = TAGI.load(checkpoint, options.device, options.precision)

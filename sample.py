@@ -49,7 +49,7 @@ MAPS = {m: (slot, phrases, questions, dict(zip(SLOTS[slot][1], images.split())))
         for m, (slot, phrases, questions, images) in TABLES["maps"].items()}
 ATTRIBUTES = {a: (*row[:4], row[4].split()) for a, row in TABLES["attributes"].items()}
 POSITIONS = TABLES["positions"]
-LABELS = {f"{p}_{q}": (p, q) for pair in TABLES["labels"].values() for p, q in (pair, pair[::-1])}
+LABELS = TABLES["obvious_labels"] | {f"{p}_{q}": (p, q) for pair in TABLES["labels"].values() for p, q in (pair, pair[::-1])}
 PHRASE_FORMATS, LAYOUT_FORMATS = TABLES["phrase_formats"], TABLES["layout_formats"]
 FORMATS = {**PHRASE_FORMATS, **LAYOUT_FORMATS}
 COPIES = ("twice", "thrice")
@@ -384,6 +384,16 @@ def as_question(rng, attribute):
     return f"{question[0].upper()}{question[1:]}?"
 
 
+def fact(rng):
+    """What is true of one value, such as "lion is wild." or "Is the lion wild? yes." """
+    slot, said, opposite, question, holds = ATTRIBUTES[rng.choice(list(ATTRIBUTES))]
+    value = rng.choice(SLOTS[slot][1])
+    if rng.random() < 0.5:
+        return f"{rng.choice(('', 'the '))}{value} {said if value in holds else opposite}."
+    question = question.format(s=rng.choice((value, f"the {value}")))
+    return f"{question[0].upper()}{question[1:]}? {'yes' if value in holds else 'no'}."
+
+
 def document(rng):
     """One document of the corpus (see the top of this file)."""
     source = rng.choice(("sentence", "sentence", "list"))
@@ -411,8 +421,10 @@ def document(rng):
     gloss = rng.choice(GLOSSES).format(
         v=words[0], w=words[1], f=form_phrase(rng, form), v_f=FORMATS[form][0].format(x=words[0]),
         joined=form_phrase(rng, joiner), v_w=JOINERS[joiner][0].join(words))
+    if rng.random() < 0.5:
+        gloss = fact(rng)
     # One question at most comes before the text: several, answered in order, would be the pair tasks in disguise.
-    text = " ".join([*([gloss] if rng.random() < 0.5 else []), *asked, record.text, *told])
+    text = " ".join([*([gloss] if rng.random() < 0.7 else []), *asked, record.text, *told])
     return text.lower() if rng.random() < 0.1 else text
 
 

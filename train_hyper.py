@@ -344,7 +344,7 @@ def start_from_pretrained(options, parameters):
         if (options.hypernetwork or key == "llm_fingerprint") and old.get(key, new) != new:
             raise common.UserError(f"{folder} was trained with {key} {old[key]}, not {new}; "
                                    "train it again with --fresh, or start without it: --no-pretrained")
-    common.check_digests(options, folder, vars(old))
+    common.check_digests(options, folder, old)
     common.load_weights(parameters, folder, strict=False)
 
 

@@ -163,21 +163,23 @@ def make_optimizer(parameters: dict, options):
     """--optimizer over {name: parameter}. muon: Muon for the matrices between layers, AdamW for the rest, as Muon's
     authors say: embeddings, head, biases, gains, and stacks of matrices.
 
-    The student's norm gains have no weight decay: they multiply and start at 1, and it would pull them to 0.
+    The student's norm gains have no weight decay: they multiply and start at 1, and it would pull
+    them to 0.
     """
     def groups(names):
         names = list(names)
         gains = [parameters[name] for name in names if name.startswith("norm_gains.")]
         rest = [parameters[name] for name in names if not name.startswith("norm_gains.")]
-        return [group for group in ({"params": rest}, {"params": gains, "weight_decay": 0.0}) if group["params"]]
+        both = {"params": rest}, {"params": gains, "weight_decay": 0.0}
+        return [group for group in both if group["params"]]
 
     shared = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "adafactor":
         return torch.optim.Adafactor(groups(parameters), **shared)
     matrices = {name: p for name, p in parameters.items() if options.optimizer == "muon" and p.ndim == 2
                 and not any(part in name for part in ("shared", "embed", "lm_head", "relative_attention_bias"))}
-    adamw = torch.optim.AdamW(groups(name for name in parameters if name not in matrices), betas=(0.9, options.beta2),
-                              fused=True, **shared)
+    rest = groups(name for name in parameters if name not in matrices)
+    adamw = torch.optim.AdamW(rest, betas=(0.9, options.beta2), fused=True, **shared)
     return Optimizers(adamw, Muon(matrices, **shared)) if matrices else adamw
 
 
@@ -484,10 +486,14 @@ def resume(folder: str, options, parameters: dict, optimizer) -> int:
 
 
 def in_groups_of(optimizer, state: dict) -> dict:
-    """A saved state for this optimizer: runs made earlier have the gains not in a group of their own, but at the end of the
-    one group, where they have the same numbers."""
+    """A saved state, with this optimizer's groups.
+
+    Runs made before the student's gains had a group of their own have them at the end of the only
+    one, so that every parameter has the same number.
+    """
     if "parts" in state:
-        return {"parts": [in_groups_of(*pair) for pair in zip(optimizer.parts, state["parts"], strict=True)]}
+        pairs = zip(optimizer.parts, state["parts"], strict=True)
+        return {"parts": [in_groups_of(part, its) for part, its in pairs]}
     return {**state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 

@@ -135,9 +135,9 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
 def merge(model: nn.Module, weights: Weights) -> None:
     """Fold one task's weights, (r, D_in) and (D_out, r), into the layers: decoding then costs what the plain model costs.
 
-    The sum is made in float32 and rounded once, to the layers' dtype. In bf16 that is an error of a sixth of an update
-    that is a hundredth of the weight. To keep the sum in float32 gains nothing, since autocast rounds it alike; nor is the
-    output of an unmerged layer, in bf16 too, any closer to the exact one.
+    The sum is made in float32 and rounded once, to the layers' dtype. In bf16 that is an error of a
+    sixth of an update that is a hundredth of the weight. A sum kept in float32 would gain nothing,
+    since autocast rounds it alike; nor is the output of an unmerged bf16 layer any more exact.
     Raises ValueError where the model is already merged or the weights are per example.
     """
     for name, wrapper in sites(model).items():
@@ -147,7 +147,8 @@ def merge(model: nn.Module, weights: Weights) -> None:
         if A.dim() != 2:
             raise ValueError("only one task's weights can be merged; select one first")
         wrapper.original = wrapper.weight.detach().clone()
-        wrapper.weight.copy_(wrapper.weight + wrapper.scaling * (B.float() @ A.float()))         # in float32
+        update = wrapper.scaling * (B.float() @ A.float())
+        wrapper.weight.copy_(wrapper.weight + update)                       # the sum is in float32
     set_weights(model, None)
 
 

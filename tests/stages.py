@@ -28,8 +28,9 @@ import train_hyper
 import train_teacher
 
 STAGES = ("base", "meta", "lora", "lora-all", "pretrain", "finetune")
-MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher, "lora-all": train_teacher,
-           "pretrain": train_hyper, "finetune": train_hyper, "evaluate": evaluate}
+MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher,
+           "lora-all": train_teacher, "pretrain": train_hyper, "finetune": train_hyper,
+           "evaluate": evaluate}
 KEPT = {"train": 12, "validation": 3, "test": 3, "test_unseen_wording": 3}                 # tasks of each split
 
 

@@ -68,11 +68,14 @@ class Bench:
         folder, _, command = self.teachers_of("teachers")
         if not os.path.isdir(folder):
             raise common.UserError(f"{folder}: no LoRA teachers; first run {command}")
-        used = common.load_options(folder, "max_instances").max_instances   # by the teachers, whatever is asked for now
+        # What the teachers were trained on, whatever is asked for now.
+        used = common.load_options(folder, "max_instances").max_instances
         tasks = data.training_tasks(self.options, 10, skip=used)[::5]
         if not tasks:
-            raise common.UserError(f"no training task in {self.options.data} has more than the {used} instances that {folder} was "
-                                   "trained on (--max-instances), so none are held out; choose --rows without teachers")
+            raise common.UserError(
+                f"no training task in {self.options.data} has more than the {used} instances that "
+                f"{folder} was trained on (--max-instances), so none are held out; choose --rows "
+                "without teachers")
         return tasks
 
     @functools.cached_property
@@ -86,7 +89,10 @@ class Bench:
         return self.trained if row == "teachers" else self.reworded if row.endswith("unseen_wording") else self.tasks
 
     def rows(self):
-        """The rows to be made, in the table's order. What cannot be made is left out with a word, or refused where asked for."""
+        """The rows to be made, in the table's order.
+
+        One that cannot be made is left out with a word; where it was asked for that is a UserError.
+        """
         o = self.options
         asked = [] if o.rows is None else o.rows.split(",")
         for row in asked:
@@ -102,27 +108,29 @@ class Bench:
             wanted = [row for row in ROWS if row not in left_out]
         for row, reason in self.missing().items():
             shuffled = row == "tagi_shuffled"
-            if wanted == [row] or (row in asked and not shuffled) or (shuffled and o.floor_margin is not None):
+            needed = o.floor_margin is not None if shuffled else row in asked
+            if needed or wanted == [row]:
                 raise common.UserError(f"the row {row} cannot be made: {reason}")
             if row in wanted:
                 print(f"left out: {ROWS[row]}: {reason}")
                 wanted = [x for x in wanted if x != row]
         if "tagi_shuffled" in wanted and len({kind(task) for task in self.tasks}) == 1:
-            print(f"{ROWS['tagi_shuffled']}: all tasks are of one category, so it is that of another task of the same one")
+            print(f"{ROWS['tagi_shuffled']}: all tasks are of one category: that of another task")
         return [row for row in ROWS if row in wanted]
 
     def missing(self) -> dict:
         """{row that cannot be made: why}."""
         o, reasons = self.options, {}
         if len(self.tasks) == 1:
-            reasons["tagi_shuffled"] = "there is one task only, and none to take another instruction from"
+            reasons["tagi_shuffled"] = "there is one task only, none to take an instruction from"
         folder, _, command = self.teachers_of("meta_lora")
         if not os.path.isdir(folder):
             reasons["meta_lora"] = f"first run {command}"
         path = os.path.join(o.runs, "lora", "config.yaml")
-        if os.path.isfile(path) and "data_digest" not in common.read_yaml(path, "train the teachers again"):
-            reasons["teachers"] = ("they were trained on each file's first instances, before rows were shuffled, so what is held "
-                                   "out is not known; train the stage lora again with --fresh")
+        remedy = "train the stage lora again with --fresh"
+        if os.path.isfile(path) and "data_digest" not in common.read_yaml(path, remedy):
+            reasons["teachers"] = ("they were trained on each file's first instances, before rows "
+                                   f"were shuffled, so none is known to be held out; {remedy}")
         return reasons
 
     def sources(self, rows) -> dict:
@@ -133,7 +141,8 @@ class Bench:
         o = self.options
         marks = {key: getattr(o, key) for key in ("split", "precision", "max_input", "max_output", "normalize")}
         marks["bench"] = o.bench
-        marks["tasks"] = common.digest(repr(self.tasks) + repr({name: t.name for name, t in self.givers.items()}))
+        givers = {name: task.name for name, task in self.givers.items()}
+        marks["tasks"] = common.digest(repr(self.tasks) + repr(givers))
         if any(row.endswith("unseen_wording") for row in rows):
             marks["reworded"] = common.digest(repr(self.reworded))
         if set(rows) - HEURISTICS:
@@ -145,21 +154,26 @@ class Bench:
             marks["base"] = common.weights_digest(common.base_path(o))
         for row in {"teachers", "meta_lora"} & set(rows):
             folder, unit, command = self.teachers_of(row)
-            units = sorted({data.unit_of(t, unit) for t in self.tasks_of(row)})
-            check_teachers(folder, units, self.tagi.options, command)
+            units = {data.unit_of(t, unit) for t in self.tasks_of(row)}
+            check_teachers(folder, sorted(units), self.tagi.options, command)
             record = vars(common.load_options(folder))
             common.check_digests(self.tagi.options, folder, record)
-            if row == "teachers":                                           # which answers training tasks of the data now
+            if row == "teachers":                       # which answers the data's training tasks
                 common.check_digests(self.training_data(record), folder, record)
             marks[row] = common.weights_digest(folder) + common.digest(repr(self.tasks_of(row)))
         return marks
 
     def check_training_tasks(self):
-        """Raises UserError where the student was not trained on what its data folder holds now, or on tasks under test."""
+        """Refuse training tasks that have changed, and tasks under test that were trained on.
+
+        Raises UserError, for another tokenizer too.
+        """
         o, trained, folder = self.options, self.tagi.options, checkpoint_of(self.options)
-        tokenizer = argparse.Namespace(tokenizer_digest=common.tokenizer_digest(self.tagi.tokenizer))
+        tokenizer = argparse.Namespace()
+        tokenizer.tokenizer_digest = common.tokenizer_digest(self.tagi.tokenizer)
         common.check_digests(tokenizer, folder, vars(trained))
-        if os.path.realpath(o.data) == os.path.realpath(trained.data):      # else own tasks, or a copy of part of the data
+        # Another folder holds own tasks, or a copy, perhaps of a part.
+        if os.path.realpath(o.data) == os.path.realpath(trained.data):
             common.check_digests(self.training_data(vars(trained)), folder, vars(trained))
         path = f"{folder}/training_tasks.json"
         if o.split == "train" or not os.path.isfile(path):
@@ -167,11 +181,12 @@ class Bench:
         with common.named_file(path, "train this stage again"), open(path, encoding="utf-8") as f:
             known = data.known_tasks(self.tasks, json.load(f))
         if known:
-            raise common.UserError(f"{folder} was trained on {len(known)} of the {len(self.tasks)} {o.split} tasks in {o.data}: "
-                                   f"{', '.join(known[:3])} …; evaluate it on the data that it was trained for")
+            raise common.UserError(
+                f"{folder} was trained on {len(known)} of the {len(self.tasks)} {o.split} tasks in "
+                f"{o.data}: {', '.join(known[:3])} …; evaluate it on the data that it is for")
 
     def training_data(self, record):
-        """The digest of the training tasks that the data folder holds now, made as that in a run's record was."""
+        """The digest of the training tasks that are there now, made as that in the record was."""
         options = argparse.Namespace(data=self.options.data, format=self.options.format,
                                      allow_missing=record.get("allow_missing", False))
         vars(options).update(data.tasks_digest(options))
@@ -286,12 +301,17 @@ def checkpoint_of(options):
 
 
 def kind(task):
-    """A task's category; ANLI, CB and RTE of P3 are one kind: their templates are nearly the same."""
-    return "nli" if task.category in ("anli_r1", "anli_r2", "anli_r3", "cb", "rte") else task.category
+    """A task's category; ANLI, CB and RTE of P3 are one: their templates are nearly the same."""
+    nli = ("anli_r1", "anli_r2", "anli_r3", "cb", "rte")
+    return "nli" if task.category in nli else task.category
 
 
 def of_another_kind(tasks):
-    """For every task one drawn from another kind of task, always the same; where all are of one kind, any other one."""
+    """For every task one of another kind, drawn, always the same; where there is none, any."""
     rng = np.random.default_rng(0)
-    others = [[x for x in tasks if kind(x) != kind(t)] or [x for x in tasks if x is not t] for t in tasks]
-    return [candidates[rng.integers(len(candidates))] for candidates in others]
+    givers = []
+    for task in tasks:
+        others = [x for x in tasks if kind(x) != kind(task)]
+        others = others or [x for x in tasks if x is not task]
+        givers.append(others[rng.integers(len(others))])
+    return givers

@@ -259,7 +259,8 @@ def weights_digest(path: str) -> str:
     if not os.path.isdir(path):
         return path
     folder = glob.escape(path)
-    return files_digest(sorted(glob.glob(f"{folder}/**/*.safetensors", recursive=True) + glob.glob(f"{folder}/*.bin")), path)
+    files = glob.glob(f"{folder}/**/*.safetensors", recursive=True) + glob.glob(f"{folder}/*.bin")
+    return files_digest(sorted(files), path)
 
 
 def files_digest(files: list[str], root: str) -> str:
@@ -267,7 +268,8 @@ def files_digest(files: list[str], root: str) -> str:
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
-            digest.update(os.path.relpath(file, root).encode() + hashlib.file_digest(f, "sha256").digest())
+            content = hashlib.file_digest(f, "sha256").digest()
+        digest.update(os.path.relpath(file, root).encode() + content)
     return digest.hexdigest()[:16]
 
 
@@ -275,7 +277,7 @@ def tokenizer_digest(tokenizer) -> str:
     return digest(repr(sorted(tokenizer.get_vocab().items())))
 
 
-# What a stage read, as its config.yaml records it -> what is said where a later run reads something else.
+# What a stage read, as its config.yaml has it -> what is said where a run reads another.
 DIGESTS = {
     "data_digest": "the training tasks in {data} are not those that {folder} was trained on",
     "text_digest": "the plain text in {text} is not that which {folder} was trained on",
@@ -284,15 +286,15 @@ DIGESTS = {
 
 
 def check_digests(options, folder: str, record: dict, keys=tuple(DIGESTS)) -> None:
-    """Raises UserError where `folder`, whose config.yaml is `record`, was trained on something else than options' run reads.
+    """Raises UserError where `folder`, of this config.yaml, read something else than options' run.
 
     What one of the two does not know (a run of earlier code, files that are gone) is not compared.
     """
     for key in keys:
         now, then = getattr(options, key, None), record.get(key)
         if None not in (now, then) and now != then:
-            raise UserError(DIGESTS[key].format(**vars(options) | {"folder": folder}) + "; train it again with --fresh, or put "
-                            "back what it was trained on")
+            said = DIGESTS[key].format(**vars(options) | {"folder": folder})
+            raise UserError(f"{said}; train it again with --fresh, or put back what it read")
 
 
 def check_fingerprint(found: str, expected: str, folder: str, llm_path: str) -> None:
@@ -320,7 +322,7 @@ def finished_stage(options, stage: str) -> str:
         raise UserError(f"{folder} is not there or not finished; first run "
                         f"python train_teacher.py --stage {stage}{config_flag(options)}")
     record = read_yaml(f"{folder}/config.yaml", "train this stage again")
-    check_digests(options, folder, record, ["data_digest"])                 # texts may differ from stage to stage
+    check_digests(options, folder, record, ["data_digest"])     # stages may read other texts
     return folder
 
 
@@ -411,7 +413,8 @@ IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_
            "runs", "teachers_at_once", "processes")
 
 
-def run_stage(folder: str, options, rank: int, world: int, stage, digest_of_data, ranks_share_a_batch: bool = True) -> None:
+def run_stage(folder: str, options, rank: int, world: int, stage, digest_of_data,
+              ranks_share_a_batch: bool = True) -> None:
     """Run a stage unless it is done; rank 0 says what runs, with which effective batch.
 
     digest_of_data: options -> a hash of what the stage reads, by its key in DIGESTS.
@@ -502,8 +505,8 @@ def begin(folder: str, options, rank: int) -> None:
     if not options.fresh and os.path.isfile(f"{folder}/config.yaml"):
         check_digests(options, folder, vars(load_options(folder)))
         if "llm_fingerprint" in options:
-            check_fingerprint(options.llm_fingerprint, load_options(folder, "llm_fingerprint").llm_fingerprint, folder,
-                              llm_path(options))
+            before = load_options(folder, "llm_fingerprint").llm_fingerprint
+            check_fingerprint(options.llm_fingerprint, before, folder, llm_path(options))
     if rank == 0:
         if options.fresh:
             shutil.rmtree(folder, ignore_errors=True)

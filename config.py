@@ -107,8 +107,8 @@ def add_training_options(parser: Parser, steps: int) -> None:
                    help="share of the steps after which the schedule starts anew")
     g.add_argument("--weight-decay", type=at_least(0, finite), default=0.01)
     g.add_argument("--beta2", type=at_least(0, finite), default=0.999)
-    g.add_argument("--clip", type=at_least(0, finite), default=1.0, help="largest gradient norm; 0: no clipping (teachers of the "
-                   "stage lora are not clipped)")
+    g.add_argument("--clip", type=at_least(0, finite), default=1.0,
+                   help="largest gradient norm; 0: no clipping (stage lora has none)")
     g.add_argument("--checkpointing", default=False, help="gradient checkpointing: each block of the LLM runs again in the "
                    "backward pass, for less memory", **flag)
     g.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")

@@ -38,8 +38,9 @@ def measure_cost(bench, demos, n=100, repeats=5, n_tasks=4):
     bench: an `evaluate.Bench`. Returns {row: {"flops": .., "ms": .., "formula": ..}} for the rows that a model answers. FLOPs are
     from PyTorch's counter, adapter generation and merging included; times are medians over tasks and repeats, the ways
     taking turns. formula: the paper's N(t + n·i) for TAGI and N·n(t + i) with the instruction in the input, relative to the
-    latter, t and i being the mean tokens of instruction and instance, cut where each model cuts them. LoRA teachers are measured unmerged, as they answer;
-    a model without finetuning computes just what the meta-trained one does.
+    latter, t and i being the mean tokens of instruction and instance, cut where each model cuts
+    them. LoRA teachers are measured unmerged, as they answer; a model without finetuning computes
+    just what the meta-trained one does.
     """
     references = [x.outputs[0] for t in bench.tasks for x in t.instances]
     tagi, length = bench.tagi, round(np.mean([len(ids) for ids in bench.tagi.tokenizer(references)["input_ids"]]))
@@ -77,24 +78,25 @@ def measure_cost(bench, demos, n=100, repeats=5, n_tasks=4):
         take_turns(ways, (own, other, inputs), repeats, seconds)
     instruction, instances, alone, together = tokens
     once = (instruction + instances) / together
-    formula = {"meta": 1.0, "teachers": 1.0, "no_instruction": alone / together, "tagi": once, "tagi_shuffled": once,
-               "tagi_empty": instances / together}
+    formula = {"meta": 1.0, "teachers": 1.0, "no_instruction": alone / together,
+               "tagi": once, "tagi_shuffled": once, "tagi_empty": instances / together}
     costs = {way: {"flops": float(np.mean(flops[way])), "ms": float(np.median(seconds[way])) / n * 1000,
                    "formula": formula[way]} for way in ways}
     return costs | {"meta_lora": costs["teachers"], "no_finetuning": costs["meta"]}
 
 
 def count_tokens(tagi, instruction, inputs, max_input):
-    """What the formula counts for these inputs of one task, after each model's own cut: an array of four sums.
+    """What the formula counts for inputs of one task, each model's cut made: an array of four.
 
-    t, the instruction as the hypernetwork reads it; i over the inputs as the student reads them, and as a plain LLM does;
-    t + i over the inputs where an LLM reads both together, without the demonstrations that do not fit.
+    t as the hypernetwork reads the instruction; the sum of i as the student reads the inputs, and
+    as a plain LLM does; the sum of t + i where an LLM reads both together. Demonstrations that do
+    not fit are left out.
     """
     def length(text):
         return len(tagi.tokenizer(text)["input_ids"])
 
     def fitting(limit, *inputs):
-        """The instruction without the demonstrations that would take it, or it and the input, over the limit."""
+        """Tokens of the instruction less the demonstrations that do not fit beside the input."""
         definition, demonstrations = instruction
         write = data.prompt_text if inputs else data.instruction_text
         while demonstrations and length(write(definition, demonstrations, *inputs)) > limit:
@@ -104,8 +106,8 @@ def count_tokens(tagi, instruction, inputs, max_input):
     limit, own_limit = tagi.options.max_instruction, tagi.options.max_input
     i = np.array([length(data.instance_text(x)) for x in inputs])
     t = np.array([fitting(max_input, x) for x in inputs])
-    return np.array([min(fitting(limit), limit), np.minimum(i, own_limit).sum(), np.minimum(i, max_input).sum(),
-                     np.minimum(t + i, max_input).sum()])
+    return np.array([min(fitting(limit), limit), np.minimum(i, own_limit).sum(),
+                     np.minimum(i, max_input).sum(), np.minimum(t + i, max_input).sum()])
 
 
 def measure_ranking(bench, demos, repeats=5, n=20, n_tasks=4):

@@ -55,9 +55,10 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
              allow_missing: bool = False) -> list[Task]:
     """The tasks of a split in the official layout, each with its instances skip : skip + max_instances.
 
-    split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of each test task. Those of
-    the split train are shuffled first, as in the official code: many files are sorted by class. With skip, a task may have
-    none left; with allow_missing, tasks whose files are absent are left out.
+    split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of
+    each test task. Those of the split train are shuffled first, as in the official code: many files
+    are sorted by class. With skip, a task may have none left; with allow_missing, tasks whose files
+    are absent are left out.
     Raises UserError for a missing folder or file, broken JSON, a task without definition, an instance without output.
     """
     files = [os.path.join(root, "tasks", name + ".json") for name in listed_tasks(root, split)]
@@ -67,7 +68,8 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
         remedy = f"get them all: {GET_SNI}" + " (or go on with those there: --allow-missing)" * (not allow_missing)
         raise UserError(f"{split_file(root, split)} names {len(absent)} tasks whose files are not in {root}/tasks: {names} …; "
                         + remedy)
-    return [read_task(file, max_instances, skip, shuffle=split == "train") for file in files if file not in absent]
+    there = [file for file in files if file not in absent]
+    return [read_task(file, max_instances, skip, shuffle=split == "train") for file in there]
 
 
 def split_file(root: str, split: str) -> str:
@@ -106,12 +108,16 @@ def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> 
 
 
 def tasks_digest(options) -> dict:
-    """{"data_digest": a hash of the training split's files}, which are not parsed; {} where they are not all there."""
+    """{"data_digest": a hash of the training split's files}; {} where they are not all there.
+
+    Their bytes are hashed, nothing is parsed.
+    """
     root = options.data
     if options.format == "p3":
         folder = glob.escape(root)
-        names = [name for d in P3_TRAIN for name in (f"templates/{d}/templates.yaml", f"{d}/train.jsonl")]
-        files = [os.path.join(root, name) for name in names] + sorted(glob.glob(f"{folder}/*prompted*/*.jsonl"))
+        files = [f"{root}/templates/{dataset}/templates.yaml" for dataset in P3_TRAIN]
+        files += [f"{root}/{dataset}/train.jsonl" for dataset in P3_TRAIN]
+        files += sorted(glob.glob(f"{folder}/*prompted*/*.jsonl"))
     elif os.path.isfile(split_file(root, "train")):
         with open(split_file(root, "train"), "rb") as f:
             names = f.read().decode(errors="replace").split()
@@ -125,8 +131,9 @@ def tasks_digest(options) -> dict:
 
 def text_digest(options) -> dict:
     """{"text_digest": a hash of the file of plain text}; {} where it is not there."""
-    there = os.path.isfile(options.text)
-    return {"text_digest": files_digest([options.text], os.path.dirname(options.text))} if there else {}
+    if not os.path.isfile(options.text):
+        return {}
+    return {"text_digest": files_digest([options.text], os.path.dirname(options.text))}
 
 
 def names_and_definitions(tasks: list[Task]) -> dict:
@@ -135,9 +142,9 @@ def names_and_definitions(tasks: list[Task]) -> dict:
 
 
 def known_tasks(tasks: list[Task], trained_on: dict) -> list[str]:
-    """Names of those tasks that are among `trained_on` (of `names_and_definitions`) by definition or by name.
+    """Names of those tasks that `trained_on` (`names_and_definitions`) holds by definition or name.
 
-    A name counts without its number (task061_…): another seed of the built-in suite numbers the same tasks anew.
+    A name counts without its number (task061_…), which is another one in a suite of another seed.
     """
     def plain(name):
         return re.sub(r"^task\d+_", "", name)
@@ -152,11 +159,13 @@ def is_texts(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def read_task(path: str, max_instances: int | None = None, skip: int = 0, shuffle: bool = False) -> Task:
-    """A task file's instances skip : skip + max_instances, in the file's order or, with `shuffle`, in another.
+def read_task(path: str, max_instances: int | None = None, skip: int = 0,
+              shuffle: bool = False) -> Task:
+    """A task file's instances skip : skip + max_instances, of the file's order or a shuffled one.
 
-    That one is a function of the task's name and its number of instances alone: whatever its seed, every stage takes the
-    same ones, and those that follow them are held out. Raises UserError for what is no task's file.
+    The shuffled one follows from the task's name and its number of instances alone: whatever its
+    seed, every stage takes the same ones, and those after them are held out. Raises UserError for
+    what is no task's file.
     """
     with named_file(path, "a task's file is one JSON object; fetch or write it again"), open(path, encoding="utf-8") as f:
         record = json.load(f)
@@ -386,7 +395,7 @@ def cut_and_pad(tokenizer, rows: list[list[int]], limit: int, device="cpu") -> t
 
 
 def unknown_words(tokenizer, texts: list[str]) -> list[str]:
-    """Those words of the texts, each once and in order, of which the tokenizer knows no piece or not every piece.
+    """Those words of the texts, each once and in order, whose tokens hold the unknown token.
 
     A word is what stands between white space, told without the ASCII punctuation around it.
     """

@@ -119,8 +119,9 @@ def predict(bench, row, demos, done, file):
         answer = bench.answerer(row, demos, group) if todo else None
         for batch in data.batches(todo, bench.options.batch_size):
             for (task, x), text in zip(batch, answer(batch), strict=True):
-                record = {"bench": bench.options.bench, "row": ROWS[row], "demos": demos, "id": x.id, "task": task.name,
-                          "category": task.category, "prediction": text, "references": x.outputs}
+                record = {"bench": bench.options.bench, "row": ROWS[row], "demos": demos,
+                          "id": x.id, "task": task.name, "category": task.category,
+                          "prediction": text, "references": x.outputs}
                 done[ROWS[row], demos, task.name, x.id] = record
                 file.write(json.dumps(record) + "\n")
             file.flush()
@@ -224,10 +225,11 @@ def missed_floors(results: list[dict], options) -> list[str]:
 def bench_of_predictions(options) -> str:
     """Which benchmark --rescore's file is of, and so by which rule it is scored.
 
-    The file's own lines say it, or the config.yaml that an evaluation left beside it; else --bench, by default sni.
-    Raises UserError where they name two.
+    The file's own lines say it, or the config.yaml that an evaluation left beside it; else --bench,
+    by default sni. Raises UserError where they name two.
     """
-    records = data.read_json_lines(options.rescore, "--rescore reads predictions, one JSON object a line")
+    remedy = "--rescore reads predictions, one JSON object a line"
+    records = data.read_json_lines(options.rescore, remedy)
     found = {r["bench"] for r in records if isinstance(r.get("bench"), str)}
     beside = os.path.join(os.path.dirname(options.rescore), "config.yaml")
     if not found and os.path.isfile(beside):
@@ -236,8 +238,8 @@ def bench_of_predictions(options) -> str:
     if options.bench:
         found.add(options.bench)
     if len(found) > 1:
-        raise common.UserError(f"{options.rescore} is scored by the rules of one benchmark, not of {' and '.join(sorted(found))}: "
-                               "drop --bench, or keep predictions of one")
+        raise common.UserError(f"{options.rescore}: scores follow the rule of one benchmark, "
+                               f"not {' and '.join(sorted(found))}; drop --bench or split the file")
     return found.pop() if found else "sni"
 
 

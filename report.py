@@ -81,8 +81,8 @@ def in_units(x: float) -> str:
             return f"{x:.1f} {unit}"
 
 
-# Of T5 v1.1, which T5-LM, T0 and Tk-Instruct are: (d_model, d_ff, d_kv, heads, layers of encoder, of decoder) -> the paper's
-# name. By d_model and layers alone T5 v1.0's 3B and 11B would be Large.
+# Of T5 v1.1, which T5-LM, T0 and Tk-Instruct are: (d_model, d_ff, d_kv, heads, encoder's layers,
+# decoder's) -> the paper's name. By d_model and layers alone T5 v1.0's 3B and 11B would be Large.
 SIZES = {
     (768, 2048, 64, 12, 12, 12): "base",
     (1024, 2816, 64, 16, 24, 24): "large",
@@ -92,7 +92,7 @@ SIZES = {
 
 
 def size_of(llm_config) -> str | None:
-    """base, large, xl or xxl; None for an LLM that the paper did not have (mT5 has the same shapes, but more words)."""
+    """base, large, xl or xxl; None for another LLM (mT5 has their shapes, but more words)."""
     c = llm_config
     shape = (c.d_model, c.d_ff, c.d_kv, c.num_heads, c.num_layers, c.num_decoder_layers)
     return SIZES.get(shape) if c.model_type == "t5" else None
@@ -224,9 +224,10 @@ def ablations(options) -> None:
         run = "finetune" + "".join(flags).replace("--", "-").replace("=", "-")
         for seed, name in enumerate(names):
             train("train_hyper.py", "--stage=finetune", *shared[seed], *[f"--name={run}"] * bool(flags), *flags)
-            out = f"{options.runs}{name}/evaluate-{run}"                    # predictions of this very checkpoint and split
-            python("evaluate.py", *shared[seed], f"--checkpoint={options.runs}{name}/{run}", f"--out={out}",     # are reused
-                   f"--split={options.split}", *["--rows=tagi"] * bool(flags))
+            # Predictions of this very checkpoint and split are reused, no others.
+            out = f"{options.runs}{name}/evaluate-{run}"
+            python("evaluate.py", *shared[seed], f"--checkpoint={options.runs}{name}/{run}",
+                   f"--out={out}", f"--split={options.split}", *["--rows=tagi"] * bool(flags))
             with open(f"{out}/results.json") as f:
                 for r in json.load(f)["results"]:
                     label = row if r["row"] == "TAGI, right instruction" else r["row"]

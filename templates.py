@@ -74,9 +74,9 @@ class Template:
     def render(self, row: dict, number: int = 0) -> tuple[str, str, list[str]] | None:
         """(input, target, answer choices or []) for row `number`; None where the template does not apply to it.
 
-        It does not apply, as in T0, where it renders without an input or without a target, or in more than two pieces.
-        Random choices in a template are a function of template and row number. Raises UserError, naming data set, template
-        and row, where it fails.
+        It does not apply, as in T0, where it renders without an input or without a target, or in
+        more than two pieces. Random choices in a template are a function of template and row
+        number. Raises UserError, naming data set, template and row, where it fails.
         """
         prompt, answers = self._compiled
         fields = {k: v.replace("|||", PIPES) if isinstance(v, str) else v for k, v in row.items()}
@@ -160,7 +160,8 @@ class _Teller:
             case nodes.Const():
                 return str(node.value)
             case nodes.If():
-                sides = [self.say_all(body) for body in (node.body, *(n.body for n in node.elif_), node.else_)]
+                bodies = [node.body, *(n.body for n in node.elif_), node.else_]
+                sides = [self.say_all(body) for body in bodies]
                 sides = [side.split("|||") for side in sides if side.strip()]
                 columns = [" / ".join(side[i].strip() for side in sides if i < len(side))
                            for i in range(max(map(len, sides), default=0))]
@@ -226,8 +227,9 @@ def _sides(children) -> tuple[list, list]:
         if isinstance(node, nodes.TemplateData):
             met = met or "|||" in node.data
         elif isinstance(node, (nodes.If, nodes.For, nodes.Output)):
-            bodies = [node.nodes] if isinstance(node, nodes.Output) else [
-                node.body, *([] if isinstance(node, nodes.For) else ([n] for n in node.elif_)), node.else_]
+            bodies = [node.nodes] if isinstance(node, nodes.Output) else [node.body, node.else_]
+            if isinstance(node, nodes.If):                          # each elif is a side of its own
+                bodies[1:1] = [[n] for n in node.elif_]
             if met and isinstance(node, nodes.If) and node.else_:           # one or the other: which, the input does not say
                 continue
             head = {nodes.If: ["test"], nodes.For: ["iter"]}.get(type(node), [])

@@ -144,7 +144,7 @@ def finetune_batches(options, tagi, n_micro, tasks=None):
     """K instructions, N instances: what the hypernetwork reads (K, S), the student (N, T), the teacher (N, T').
 
     Where the same instruction is drawn twice it is there once. index: instance -> instruction, (N,); None where the
-    instances of each are a block of N / K. tasks: the training tasks, where they have been read already.
+    instances of each are a block of N / K. tasks: the training tasks, where they have been read.
     """
     tasks = data.training_tasks(options) if tasks is None else tasks
     units = sorted({data.unit_of(task, options.unit) for task in tasks})
@@ -237,8 +237,9 @@ def train(options, rank, world):
     if options.stage == "finetune" and options.pretrained and start == 0:
         start_from_pretrained(options, parameters)
     common.begin(folder, options, rank)
-    if rank == 0 and tasks is not None:                                     # so that none of them is evaluated on
-        common.write_text(f"{folder}/training_tasks.json", json.dumps(data.names_and_definitions(tasks), indent=0))
+    if rank == 0 and tasks is not None:                     # so that none of them is evaluated on
+        known = json.dumps(data.names_and_definitions(tasks), indent=0)
+        common.write_text(f"{folder}/training_tasks.json", known)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
 
     for step in range(start, options.steps):

@@ -5,8 +5,9 @@
            compares with, a possible KL teacher, and by default the frozen LLM under everything that follows
     lora   LoRA teachers (METHOD "training with instance"): for every category or task, LoRA weights Δ_i on the frozen
            LLM, reading instruction and input
-    lora-all   one LoRA for all training tasks ("meta-trained with one LoRA", Tk-Instruct-LoRA in Table 4): meta with LoRA
-               weights on the frozen LLM in place of its own; section lora_all of a config
+    lora-all   one LoRA for all training tasks ("meta-trained with one LoRA", Tk-Instruct-LoRA in
+               Table 4): meta with LoRA weights on the frozen LLM in place of its own; section
+               lora_all of a config
 
 Launch (without --stage: the stages that the config lists, in order):
     python train_teacher.py                                     # the built-in suite, configs/sample.yaml
@@ -38,7 +39,8 @@ def parser():
     p = config.Parser(__doc__)
     config.add_shared_options(p)
     g = p.add_argument_group("stage")
-    g.add_argument("--stage", choices=["base", "meta", "lora", "lora-all"], help="one stage; default: those of --stages")
+    g.add_argument("--stage", choices=["base", "meta", "lora", "lora-all"],
+                   help="one stage; default: those of --stages")
     g.add_argument("--name", help="folder under --runs; default: the stage's name")
     config.add_training_options(p, steps=10_000)
     g = p.add_argument_group("base and meta")
@@ -101,7 +103,7 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
 
 
 def train_together(folder, options, llm, parameters, save, get_batch, rank, world):
-    """Train these parameters on `get_batch(step, micro) -> (ids, mask, labels)`, all ranks sharing a batch.
+    """Train these parameters on `get_batch(step, micro) -> (ids, mask, labels)`, of all ranks.
 
     save(optimizer=.., step=.., finished=..) writes a checkpoint to the folder.
     """
@@ -180,16 +182,19 @@ def train_meta(options, rank, world):
     easy = [dataclasses.replace(t, definitions=t.definitions[:1]) for t in tasks
             if all(len(output.split()) <= 2 for x in t.instances for output in x.outputs)] or tasks
     if options.drop_instruction and all(x.prompt == x.input for t in tasks for x in t.instances):
-        raise common.UserError("--drop-instruction: here every input is the whole prompt, with the instruction in it; choose 0, or "
-                               "rows with their own fields and --p3-input fields")
+        raise common.UserError("--drop-instruction: here every input is the whole prompt, "
+                               "instruction included; choose 0, or --p3-input fields and rows with them")
 
     def draws(step, micro):
         rng = draw.generator(options.seed, step, micro)
         easy_only, early = step < options.easy_first * options.steps, step < options.demos_after * options.steps
         demos = 0 if early else draw.n_demonstrations(options.demos, options.seed, step)
         drawn = draw.draw_tasks(easy if easy_only else tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
-        return [dataclasses.replace(d, definition="", demonstrations=[], prompts=[x for x, _ in d.pairs])
-                if not easy_only and rng.random() < options.drop_instruction else d for d in drawn]
+        for n, d in enumerate(drawn):
+            if not easy_only and rng.random() < options.drop_instruction:
+                inputs = [x for x, _ in d.pairs]            # of P3 the fields without the prompt
+                drawn[n] = dataclasses.replace(d, definition="", demonstrations=[], prompts=inputs)
+        return drawn
 
     deal = draw.by_length(draws, options, world * options.accumulate)
 
@@ -203,10 +208,11 @@ def train_meta(options, rank, world):
 
 
 def load_frozen_llm(options):
-    """(the frozen LLM with places for LoRA weights, its tokenizer), for the stages lora and lora-all."""
+    """(the frozen LLM with places for LoRA weights, its tokenizer), for lora and lora-all."""
     if options.optimizer == "adafactor":
         raise common.UserError("--optimizer adafactor takes norms over all teachers at once; choose adamw for lora")
-    llm, tokenizer = t5.load_llm(common.llm_path(options), options.device, options.precision, options.attention)
+    path = common.llm_path(options)
+    llm, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
     llm.requires_grad_(False).eval()
     options.llm_fingerprint = t5.fingerprint(llm)
     options.tokenizer_digest = common.tokenizer_digest(tokenizer)
@@ -217,32 +223,34 @@ def load_frozen_llm(options):
 
 
 def train_lora_all(options, rank, world):
-    """One LoRA on the frozen LLM for all training tasks, mixed: a baseline that is trained as the student is.
+    """One LoRA on the frozen LLM for all training tasks: a baseline, trained like the student.
 
-    Other than a category's teacher it is trained by all ranks together, on batches like finetuning's.
+    All ranks train it together, on batches like finetuning's; teachers of one category have a rank.
     """
     folder = folder_of(options, "lora-all")
     llm, tokenizer = load_frozen_llm(options)
     tasks = data.training_tasks(options)
-    weights = lora.init_weights(llm, options.rank, options.seed)           # {site: (r, D_in), (D_out, r)}
+    weights = lora.init_weights(llm, options.rank, options.seed)     # {site: (r, D_in), (D_out, r)}
     lora.set_weights(llm, weights)
     parameters = {name: p.requires_grad_() for name, p in flatten(weights).items()}
 
     def draws(step, micro):
         rng = draw.generator(options.seed, step, micro)
         demos = draw.n_demonstrations(options.demos, options.seed, step)
-        return draw.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
+        return draw.draw_tasks(tasks, rng, options.tasks, options.instances, demos,
+                               options.vary_demos)
 
     deal = draw.by_length(draws, options, world * options.accumulate)
 
     def get_batch(step, micro):
         drawn = deal(step, micro)
         items = [(d.definition, d.demonstrations, text) for d in drawn for text in d.prompts]
+        outputs = [y for d in drawn for _, y in d.pairs]
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
-        return ids, mask, data.labels(tokenizer, [y for d in drawn for _, y in d.pairs], options.max_output, options.device)
+        return ids, mask, data.labels(tokenizer, outputs, options.max_output, options.device)
 
     def save(finished, **kwargs):
-        if finished:                                                        # before the stage calls itself finished
+        if finished:                                        # before the stage calls itself finished
             save_teacher(folder, options, "all", weights)
         common.save_checkpoint(folder, options, parameters, finished=finished, **kwargs)
 
@@ -402,8 +410,9 @@ def main(argv=None):
         if stage == "lora-all":
             options.unit = "all"
         rank, world = common.init_processes(options)
-        common.run_stage(folder_of(options, stage), options, rank, world, STAGES[stage],
-                         data.text_digest if stage == "base" else data.tasks_digest, stage != "lora")
+        digest = data.text_digest if stage == "base" else data.tasks_digest
+        common.run_stage(folder_of(options, stage), options, rank, world, STAGES[stage], digest,
+                         stage != "lora")
 
 
 if __name__ == "__main__":

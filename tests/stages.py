@@ -29,9 +29,11 @@ import train_teacher
 from conftest import THREADS
 
 STAGES = ("base", "meta", "lora", "lora-all", "pretrain", "finetune")
-MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher, "lora-all": train_teacher,
-           "pretrain": train_hyper, "finetune": train_hyper, "evaluate": evaluate}
-KEPT = {"train": 12, "validation": 3, "test": 3, "validation_unseen_wording": 3, "test_unseen_wording": 3}
+MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher,
+           "lora-all": train_teacher, "pretrain": train_hyper, "finetune": train_hyper,
+           "evaluate": evaluate}
+KEPT = {"train": 12, "validation": 3, "test": 3,  # tasks of each split
+        "validation_unseen_wording": 3, "test_unseen_wording": 3}
 
 
 def write_suite(root: Path) -> None:

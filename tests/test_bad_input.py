@@ -242,7 +242,7 @@ def test_a_text_file_that_is_no_text_is_named(project, tmp_path):
     assert str(path) in project.refuses("base", "--name=other", "--text", path)
 
 
-# ------------------------------------------------------------------------------------------------- data that has changed
+# ---------------------------------------------------------------------------- data that has changed
 
 @pytest.fixture
 def own(project, tmp_path) -> Project:
@@ -265,7 +265,7 @@ def change_a_training_task(project):
 
 @pytest.mark.parametrize("stage", ["base", "meta", "lora", "lora-all", "pretrain", "finetune"])
 def test_data_that_changed_under_a_finished_stage_is_noticed(own, stage):
-    """The training tasks, or the plain text where that is what the stage read; --fresh trains on what is there now."""
+    """The training tasks, or the plain text where that is what the stage read."""
     assert "nothing to do" in own.run(stage)
     change_a_training_task(own)
     (own.data / "corpus.txt").write_text("Anna went to Paris .\n" * 50)
@@ -274,10 +274,12 @@ def test_data_that_changed_under_a_finished_stage_is_noticed(own, stage):
     assert f"in {path} " in line and str(own.runs / stage) in line and "--fresh" in line
 
 
-@pytest.mark.parametrize("stage, upstream", [("lora", "meta"), ("lora-all", "meta"), ("finetune", "meta"), ("finetune", "lora")])
+@pytest.mark.parametrize("stage, upstream", [
+    ("lora", "meta"), ("lora-all", "meta"), ("finetune", "meta"), ("finetune", "lora")])
 def test_a_stage_on_other_training_tasks_than_those_before_it_is_refused(own, stage, upstream):
     change_a_training_task(own)
-    flags = [f"--llm={own.runs / 'meta'}"] if upstream == "lora" else []        # named as a path, it may be of other tasks
+    # An LLM that is named as a path may be of other tasks.
+    flags = [f"--llm={own.runs / 'meta'}"] if upstream == "lora" else []
     line = own.refuses(stage, "--name=other", *flags)
     assert f"the training tasks in {own.data} " in line and str(own.runs / upstream) in line
 
@@ -292,7 +294,8 @@ def test_training_does_not_go_on_with_other_training_tasks_or_another_tokenizer(
     swap_words(own.runs / "meta")
     line = own.refuses("pretrain", "--name=cut", "--steps=4")
     assert "tokenizer" in line and str(own.runs / "cut") in line
-    assert "tokenizer" in own.refuses("evaluate", "--rows=tagi") and "tokenizer" in own.refuses("finetune", "--name=other", "--no-pretrained")
+    assert "tokenizer" in own.refuses("evaluate", "--rows=tagi")
+    assert "tokenizer" in own.refuses("finetune", "--name=other", "--no-pretrained")
     change_a_training_task(own)
     line = own.refuses("meta", "--name=cut_meta", "--steps=4")
     assert "training tasks" in line and str(own.runs / "cut_meta") in line
@@ -307,16 +310,17 @@ def swap_words(folder):
 
 
 def test_a_student_is_not_evaluated_where_its_training_tasks_have_changed(own, tmp_path):
-    """Another seed's suite written over the data; a copy of the data as it was is as good as the folder itself."""
+    """A copy of the data as it was is as good as the folder itself."""
     copy = tmp_path / "copy"
     shutil.copytree(own.data, copy)
     change_a_training_task(own)
     line = own.refuses("evaluate", "--rows=tagi", "--split=validation")
     assert f"the training tasks in {own.data} " in line and str(own.runs / "finetune") in line
     own.run("evaluate", "--rows=tagi,teachers", "--split=validation", "--data", copy)
-    shutil.copytree(own.data, tmp_path / "changed")                         # another folder: the student may be tested there,
-    own.run("evaluate", "--rows=tagi", "--split=validation", "--data", tmp_path / "changed")
-    line = own.refuses("evaluate", "--rows=teachers", "--split=validation", "--data", tmp_path / "changed")    # not its teachers
+    shutil.copytree(own.data, tmp_path / "changed")
+    flags = ("--split=validation", "--data", tmp_path / "changed")    # in another folder:
+    own.run("evaluate", "--rows=tagi", *flags)                # the student may be tested there,
+    line = own.refuses("evaluate", "--rows=teachers", *flags)     # its teachers may not
     assert str(tmp_path / "changed") in line and str(own.runs / "lora") in line
 
 
@@ -325,7 +329,9 @@ def test_a_task_that_the_student_was_trained_on_is_no_test_task(own, tmp_path, h
     """Found by its name, whatever its number, or by its definition."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(own.data, folder)
-    trained, tested = ((folder / "splits" / "default" / f"{split}_tasks.txt").read_text().split()[1] for split in ("train", "test"))
+    splits = folder / "splits" / "default"
+    trained = (splits / "train_tasks.txt").read_text().split()[1]
+    tested = (splits / "test_tasks.txt").read_text().split()[1]
     text = (folder / "tasks" / f"{trained}.json").read_text()
     if how == "name":
         name = "task999_" + trained.partition("_")[2]
@@ -333,24 +339,26 @@ def test_a_task_that_the_student_was_trained_on_is_no_test_task(own, tmp_path, h
     else:
         name = "task999_something_else"
     (folder / "tasks" / f"{name}.json").write_text(text)
-    (folder / "splits" / "default" / "test_tasks.txt").write_text(f"{tested}\n{name}\n")
+    (splits / "test_tasks.txt").write_text(f"{tested}\n{name}\n")
     line = own.refuses("evaluate", "--rows=tagi", "--data", folder)
     assert "1 of the 2 test tasks" in line and name in line and str(own.runs / "finetune") in line
     own.run("evaluate", "--rows=copy_input", "--data", folder)
 
 
 def test_runs_of_earlier_code_which_recorded_no_digests_still_load(own, monkeypatch):
-    """Their teachers saw each file's first rows, so which are held out is not known: that row alone is left out."""
+    """Their teachers saw each file's first rows, so none is known to be held out: no such row."""
     monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: {})
     for path in own.runs.rglob("config.yaml"):
-        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "_digest:" not in line))
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if "_digest:" not in line))
     for path in own.runs.rglob("training_tasks.json"):
         path.unlink()
     for stage in STAGES:
         assert "nothing to do" in own.run(stage)
     own.run("finetune", "--name=other")
     out = own.run("evaluate", "--split=validation")
-    assert "left out: LoRA teachers" in out and "--fresh" in out and "| TAGI, right instruction |" in out and "| LoRA teachers" not in out
+    assert "left out: LoRA teachers" in out and "--fresh" in out
+    assert "| TAGI, right instruction |" in out and "| LoRA teachers" not in out
     assert "--fresh" in own.refuses("evaluate", "--split=validation", "--rows=teachers")
 
 

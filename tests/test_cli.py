@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -21,10 +22,12 @@ import report
 import train_hyper
 import train_teacher
 
-TERMS = {"base": {"loss"}, "meta": {"loss"}, "lora": {"loss"}, "lora-all": {"loss"}, "pretrain": {"loss", "ce"},
+TERMS = {"base": {"loss"}, "meta": {"loss"}, "lora": {"loss"}, "lora-all": {"loss"},
+         "pretrain": {"loss", "ce"},
          "finetune": {"loss", "ce", "kl", "ins"}}
 EVERY_ROW = ["TAGI, right instruction", "TAGI, shuffled instruction", "TAGI, empty instruction",
-             "meta-trained, instruction in input", "meta-trained with one LoRA", "frozen LLM, no instruction",
+             "meta-trained, instruction in input", "meta-trained with one LoRA",
+             "frozen LLM, no instruction",
              "LoRA teachers, held-out instances of training tasks", "copy the input", "copy the first demonstration's output"]
 UNSEEN_WORDING = ["TAGI, unseen wording", "meta-trained, unseen wording"]
 WITH_COST = set(EVERY_ROW) - {"copy the input", "copy the first demonstration's output"}
@@ -293,11 +296,13 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, quick, monkeyp
         run = next(words for words in called if words[0] == "train_hyper.py" and flags[0] in words)
         name = next(word for word in run if word.startswith("--name=")).removeprefix("--name=")
         assert project.record(name)["finished"] and (project.runs / f"evaluate-{name}" / "results.json").exists()
-    assert not any("lora-all" in word for words in called for word in words)         # a stage of the config, as the others
+    assert not any("lora-all" in word for words in called for word in words)    # the config's stage
 
     def kept():
-        return {path: seen for path, seen in project.files().items() if path.suffix == ".safetensors"
-                or path.name == "log.jsonl"} | {path: path.read_bytes() for path in project.runs.rglob("predictions.jsonl")}
+        files = project.files()
+        trained = {path: files[path] for path in files if path.suffix == ".safetensors"}
+        told = [path for path in files if path.name == "predictions.jsonl"]
+        return trained | {path: files[path][1] for path in told}
 
     before = kept()
     project.run("evaluate", "--ablations", "--seeds=1")
@@ -306,11 +311,15 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, quick, monkeyp
 
 def test_ablations_do_not_take_another_splits_or_checkpoints_scores(project, quick, monkeypatch):
     monkeypatch.setattr(report, "ABLATIONS", {"TAGI, whole method": []})
-    monkeypatch.setattr(report, "python", lambda *words: call(evaluate, *words[1:]) if words[0] == "evaluate.py" else None)
+    def python(*words):
+        if words[0] == "evaluate.py":
+            call(evaluate, *words[1:])
+
+    monkeypatch.setattr(report, "python", python)
     project.run("evaluate", "--ablations", "--seeds=1", "--split=test")
     results = project.runs / "evaluate-finetune" / "results.json"
     assert json.loads(results.read_text())["split"] == "test"
-    assert project.run("evaluate", "--ablations", "--seeds=1", "--split=validation").splitlines()[-1].startswith("| copy the first")
+    project.run("evaluate", "--ablations", "--seeds=1", "--split=validation")
     assert json.loads(results.read_text())["split"] == "validation"
     before = (results.parent / "predictions.jsonl").read_text()
     project.run("finetune", "--fresh", "--seed=7")
@@ -363,10 +372,11 @@ def test_a_floor_is_missed_at_either_setting(flags, missed):
 
 
 def test_words_that_the_model_does_not_know_are_named_on_standard_error(project, capsys):
-    flags = ("--instruction", "Find the city , \u03a9mega .", "--input", "Anna saw \u010duch, \u03a9mega and \u010duch .", "--input",
-             "Tom saw a dog .")
+    flags = ("--instruction", "Find the city , \u03a9mega .",
+             "--input", "Anna saw \u010duch, \u03a9mega and \u010duch .", "--input", "Tom saw a dog .")
     assert project.run("evaluate", *flags).count("\n") == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "warning: words the model does not know: \u03a9mega, \u010duch"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "warning: words the model does not know: \u03a9mega, \u010duch"
     project.run("evaluate", "--instruction", "Find the city .", "--input", "Tom saw a dog .")
     assert "warning" not in capsys.readouterr().err
 
@@ -374,8 +384,9 @@ def test_words_that_the_model_does_not_know_are_named_on_standard_error(project,
 def test_unknown_words_are_those_with_an_unknown_token_each_once_without_punctuation():
     from conftest import make_tokenizer
     tokenizer = make_tokenizer()
-    assert data.unknown_words(tokenizer, ["say \u00e9t\u00e9, (Word) 7", "7 say \u00e9t\u00e9 \u20ac"]) == ["\u00e9t\u00e9", "Word", "7", "\u20ac"]
-    assert data.unknown_words(tokenizer, ["say the word"]) == data.unknown_words(tokenizer, [" "]) == []
+    texts = ["say \u00e9t\u00e9, (Word) 7", "7 say \u00e9t\u00e9 \u20ac"]
+    assert data.unknown_words(tokenizer, texts) == ["\u00e9t\u00e9", "Word", "7", "\u20ac"]
+    assert data.unknown_words(tokenizer, ["say word"]) == data.unknown_words(tokenizer, [" "]) == []
 
 
 def one_task(project, tmp_path, *names):
@@ -389,7 +400,8 @@ def one_task(project, tmp_path, *names):
 def test_one_task_alone_has_no_shuffled_instruction(project, quick, tmp_path):
     own, flags = one_task(project, tmp_path, 0)
     out = own.run("evaluate", *flags, "--rows=tagi,tagi_shuffled")
-    assert "left out: TAGI, shuffled instruction" in out and "| TAGI, shuffled" not in out and "| TAGI, right" in out
+    assert "left out: TAGI, shuffled instruction" in out
+    assert "| TAGI, shuffled" not in out and "| TAGI, right" in out
     for more in (["--rows=tagi_shuffled"], ["--floor-margin=1"]):
         assert "tagi_shuffled" in own.refuses("evaluate", *flags, *more)
 
@@ -401,29 +413,32 @@ def test_tasks_of_one_category_are_shuffled_among_each_other_with_a_word(project
             path.write_text(json.dumps(json.loads(path.read_text()) | {"Categories": ["Same"]}))
     out = own.run("evaluate", *flags, "--rows=tagi,tagi_shuffled")
     assert "all tasks are of one category" in out and "| TAGI, shuffled" in out
-    assert "all tasks are of one category" not in project.run("evaluate", "--rows=tagi,tagi_shuffled")
+    out = project.run("evaluate", "--rows=tagi,tagi_shuffled")
+    assert "all tasks are of one category" not in out
 
 
-# ----------------------------------------------------------------------------------------------------- one LoRA for all
+# --------------------------------------------------------------------------------- one LoRA for all
 
 def test_one_lora_for_all_is_the_lora_stages_single_teacher(project):
-    """Without clipping, which teachers do not have: the same draws, loss and steps, to a hundredth of the learning rate."""
-    flags = ("--steps=3", "--lr=0.003", "--schedule=cosine", "--tasks=4", "--instances=2", "--demos=mixed", "--beta2=0.98", "--warmup=0.02")
+    """Without clipping, which teachers do not have: alike to a hundredth of the learning rate."""
+    flags = ("--steps=3", "--lr=0.003", "--schedule=cosine", "--tasks=4", "--instances=2",
+             "--demos=mixed", "--beta2=0.98", "--warmup=0.02")
     project.run("lora", "--unit=all", "--name=single", *flags)
     project.run("lora-all", "--name=shared", "--clip=0", *flags)
     a, b = project.weights("single", "all"), project.weights("shared", "all")
-    assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 0.003 / 100
+    assert a.keys() == b.keys()
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 0.003 / 100
     assert max(w.abs().max().item() for name, w in b.items() if name.endswith("lora_B")) > 0.003
     assert project.record("shared", "all")["unit"] == "all" and "adafactor" in project.refuses(
         "lora-all", "--name=other", "--optimizer=adafactor")
 
 
-def test_without_one_lora_for_all_its_row_is_left_out_with_the_command_that_trains_it(project, quick):
-    import shutil
+def test_without_one_lora_for_all_its_row_is_left_out_with_its_command(project, quick):
     shutil.rmtree(project.runs / "lora-all")
     out = project.run("evaluate", "--split=validation")
     command = f"python train_teacher.py --stage lora-all --config {project.config}"
-    assert f"left out: meta-trained with one LoRA: first run {command}" in out and "| meta-trained with one LoRA |" not in out
+    assert f"left out: meta-trained with one LoRA: first run {command}" in out
+    assert "| meta-trained with one LoRA |" not in out
     assert command in project.refuses("evaluate", "--split=validation", "--rows=meta_lora")
 
 

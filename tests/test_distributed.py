@@ -26,11 +26,12 @@ FINETUNE = ("--alignment=factors", "--train-embeddings", *SHARED)
 
 @pytest.fixture(scope="module")
 def launched(finished, tmp_path_factory):
-    """One launch with two ranks, since a launch takes seconds: meta, lora and lora-all, one after the other, then finetune
-    with all three losses, on runs of its own. Returns both projects."""
+    """One launch with two ranks, since a launch takes seconds: meta, lora and lora-all, one after
+    the other, then finetune with all three losses, on runs of its own. Returns both projects."""
     teachers = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("base",))
     student = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("meta", "lora", "pretrain"))
-    scripts = [["train_teacher", *teachers.argv(None, "--stages=meta,lora,lora-all", "--teachers-at-once=2", *SHARED)],
+    stages = ("--stages=meta,lora,lora-all", "--teachers-at-once=2")
+    scripts = [["train_teacher", *teachers.argv(None, *stages, *SHARED)],
                ["train_hyper", *student.argv("finetune", *FINETUNE)]]
     launcher = tmp_path_factory.mktemp("two") / "scripts.py"
     launcher.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_hyper, train_teacher\n"
@@ -81,7 +82,8 @@ def test_one_lora_on_two_ranks_equals_one_process_with_two_micro_batches(teacher
     for folder in (["lora-all"], ["lora-all", "all"]):
         assert largest_difference(teachers.weights(*folder), one.weights(*folder)) < lr / 100
         assert largest_difference(teachers.weights(*folder), half.weights(*folder)) > lr / 10
-    assert [row["step"] for row in teachers.log("lora-all")] == [1, 2, 3] and teachers.record("lora-all")["finished"]
+    assert [row["step"] for row in teachers.log("lora-all")] == [1, 2, 3]
+    assert teachers.record("lora-all")["finished"]
 
 
 def test_ranks_that_start_at_different_times_leave_out_no_teacher(finished, tmp_path):
@@ -95,7 +97,7 @@ def test_ranks_that_start_at_different_times_leave_out_no_teacher(finished, tmp_
 
 def test_two_ranks_speak_once_and_log_once(teachers):
     assert teachers.said.count("effective batch 8 = 2 ranks x 4 tasks") == 1                # meta
-    assert teachers.said.count("effective batch 16 = 2 ranks x 4 tasks x 2 instances") == 1  # lora-all
+    assert teachers.said.count("effective batch 16 = 2 ranks x 4 tasks x 2 instances") == 1
     assert teachers.said.count("effective batch 4 = 4 tasks") == 1                          # lora, where ranks share no batch
     assert [row["step"] for row in teachers.log("meta")] == [1, 2, 3]
     assert teachers.record("meta")["finished"] and (teachers.runs / "meta" / "optimizer.pt").is_file()

@@ -430,6 +430,7 @@ def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its
 
 def test_a_shuffled_instruction_is_of_another_category(tasks):
     others = bench.of_another_kind(tasks)
-    assert all(a.category != b.category for a, b in zip(tasks, others)) and others == bench.of_another_kind(tasks)
-    same = [tasks[0], tasks[2]]                                        # of one category: any other task
+    assert all(a.category != b.category for a, b in zip(tasks, others))
+    assert others == bench.of_another_kind(tasks)
+    same = [tasks[0], tasks[2]]                                 # of one category: any other task
     assert bench.of_another_kind(same) == same[::-1]

@@ -29,7 +29,8 @@ from templates import Template, load_templates
 P3 = Path(os.environ["TAGI_DATA"]) / "p3" if "TAGI_DATA" in os.environ else None
 real_data = pytest.mark.skipif(P3 is None, reason="TAGI_DATA names no folder with P3's templates and rows")
 
-SHARED_BY_LORA_ALL = ("steps", "tasks", "instances", "accumulate", "bucket_steps", "lr", "schedule", "warmup", "demos", "vary_demos")
+SHARED_BY_LORA_ALL = ("steps", "tasks", "instances", "accumulate", "bucket_steps", "lr", "schedule",
+                      "warmup", "demos", "vary_demos")
 COPA = {"premise": "The sun rose.", "choice1": "It got warm.", "choice2": "It got dark.", "question": "effect", "label": 0}
 RTE = {"premise": "A cat sat.", "hypothesis": "A cat stood.", "label": 1}
 
@@ -82,9 +83,10 @@ def test_a_random_choice_is_a_function_of_template_and_row():
      "premise  because / so  choice1 or choice2?\nAnswers: choice1, choice2", ["premise", "question", "choice1", "choice2"]),
     ('{% if question == "effect" %}\n{{ premise }} What next? ||| {{answer_choices[label]}}{% endif %}', "{{choice1}} ||| {{choice2}}",
      "premise What next?\nAnswers: choice1, choice2", ["premise"]),
-    ("{% if l == 0 %}{{a}} ||| {{t}}{% elif l == 1 %}{{b}} ||| {{t}}{% elif l == 2 %}{{c}} ||| {{t}}{% else %}{{d}} ||| {{t}}{% endif %}",
-     None, "a / b / c / d", ["a", "b", "c", "d"]),
-    ("Is it {% if l == 0 %}{{a}}{% elif l == 1 %}{{b}}{% elif l == 2 %}{{c}}{% endif %}? ||| {{t}}", None, "Is it a / b / c ?", ["a", "b", "l", "c"]),
+    ("{% if l == 0 %}{{a}} ||| {{t}}{% elif l == 1 %}{{b}} ||| {{t}}"
+     "{% elif l == 2 %}{{c}} ||| {{t}}{% else %}{{d}} ||| {{t}}{% endif %}", None, "a / b / c / d", ["a", "b", "c", "d"]),
+    ("Is it {% if l == 0 %}{{a}}{% elif l == 1 %}{{b}}{% elif l == 2 %}{{c}}{% endif %}? ||| {{t}}",
+     None, "Is it a / b / c ?", ["a", "b", "l", "c"]),
     ("{% for f in facts %}{{f | lower}}{% endfor %} {{ ', '.join(answer_choices) }}: {{answers.text}} ||| {{label}}", "a ||| b",
      "facts a, b: answers.text\nAnswers: a, b", ["facts", "answers"]),
     ("{% set x = premise %}Say {{'it'}}: {{x[0] | upper}}{{x[1:]}} {{premise}} ||| {{target}}", None, "Say it: premise premise", ["premise"])])
@@ -396,8 +398,9 @@ def test_averages_are_the_papers():
 @pytest.fixture
 def p3_project(project, p3, monkeypatch):
     """LoRA teachers, student and a config for the miniature P3, on the LLM of the tests' suite."""
-    options = yaml.safe_load(project.config.read_text()) | {"data": str(p3), "format": "p3", "demos": 0, "vary_demos": False,
-                                                            "llm": str(project.runs / "meta")}      # of other training tasks
+    options = yaml.safe_load(project.config.read_text()) | {
+        "data": str(p3), "format": "p3", "demos": 0, "vary_demos": False,
+        "llm": str(project.runs / "meta")}                      # of other training tasks
     own = p3.parent / "p3.yaml"
     own.write_text(yaml.safe_dump(options))
     project.config, project.data_of_p3 = own, p3
@@ -412,8 +415,9 @@ def test_p3_is_trained_on_and_evaluated_with_its_controls(p3_project):
     assert sorted(path.parent.name for path in p3_project.runs.glob("lora/*/model.safetensors")) == ["ag_news", "imdb"]
     out = p3_project.run("evaluate", "--bench=p3")
     found = json.loads((p3_project.runs / "evaluate/results.json").read_text())
-    assert [r["key"] for r in found["results"]] == ["tagi", "tagi_shuffled", "tagi_empty", "meta", "meta_lora", "no_finetuning",
-                                                     "no_instruction"]
+    assert [r["key"] for r in found["results"]] == [
+        "tagi", "tagi_shuffled", "tagi_empty", "meta", "meta_lora", "no_finetuning",
+        "no_instruction"]
     predictions = [json.loads(line) for line in (p3_project.runs / "evaluate/predictions.jsonl").read_text().splitlines()]
     for r in found["results"]:
         mine = [p for p in predictions if p["row"] == r["row"]]
@@ -468,22 +472,28 @@ def test_a_shuffled_instruction_is_of_another_kind_of_task(p3):
     assert bench.of_another_kind(few) == few[::-1]
 
 
-def test_dropping_the_instruction_leaves_the_fields_of_p3_and_is_refused_where_there_are_none(p3_project, monkeypatch):
-    """The meta-training's inputs with all instructions dropped are those of the student; prompts alone have no fields."""
+def test_dropping_the_instruction_leaves_p3s_fields_or_is_refused(p3_project, monkeypatch):
+    """With all instructions dropped, meta-training's inputs are the student's."""
     def texts(*flags):
-        seen = []
+        seen, tokenize = [], data.tokenize_instructed
+
+        def told(tokenizer, items, *rest):
+            seen.extend(data.prompt_text(*item) for item in items)
+            return tokenize(tokenizer, items, *rest)
+
         with monkeypatch.context() as patch:
-            patch.setattr(data, "tokenize_instructed", lambda tokenizer, items, *rest: seen.extend(
-                data.prompt_text(*item) for item in items) or data.tokenize(tokenizer, ["x"] * len(items), 4))
+            patch.setattr(data, "tokenize_instructed", told)
             p3_project.run("meta", "--name=dropped", "--fresh", "--easy-first=0", *flags)
         return set(seen)
 
     tasks = data.load_p3(str(p3_project.data_of_p3), "train")
-    inputs, prompts = ({getattr(x, key) for t in tasks for x in t.instances} for key in ("input", "prompt"))
+    instances = [x for t in tasks for x in t.instances]
+    inputs, prompts = {x.input for x in instances}, {x.prompt for x in instances}
     dropped = texts("--drop-instruction=1")
     assert dropped <= inputs and dropped - prompts
     assert texts("--drop-instruction=0") <= prompts
-    assert "--drop-instruction" in p3_project.refuses("meta", "--name=other", "--drop-instruction=0.5", "--p3-input=prompt")
+    flags = ("--drop-instruction=0.5", "--p3-input=prompt")
+    assert "--drop-instruction" in p3_project.refuses("meta", "--name=other", *flags)
 
 
 def test_p3_has_a_test_split_and_rows_of_its_own(p3_project):
@@ -492,7 +502,8 @@ def test_p3_has_a_test_split_and_rows_of_its_own(p3_project):
         assert row in p3_project.refuses("evaluate", "--bench=p3", f"--rows=tagi,{row}")
 
 
-@pytest.mark.parametrize("size, column", [("base", 0), ("large", 1), ("xl", 2), ("xxl", None), ("v1.0 3B", None), ("v1.0 11B", None)])
+@pytest.mark.parametrize("size, column", [
+    ("base", 0), ("large", 1), ("xl", 2), ("xxl", None), ("v1.0 3B", None), ("v1.0 11B", None)])
 def test_published_rows_are_those_of_the_models_size(size, column):
     """T5 v1.0's 3B and 11B have Large's width and layers."""
     import report
@@ -515,7 +526,8 @@ def test_the_configs_hold_the_papers_table_6(size, lr, tasks, accumulate):
     lora = config.parse(train_teacher.parser(), "lora", [path])
     finetune = config.parse(train_hyper.parser(), "finetune", [path])
     lora_all = config.parse(train_teacher.parser(), "lora_all", [path])
-    assert all(vars(lora_all)[key] == vars(finetune)[key] for key in SHARED_BY_LORA_ALL) and "lora-all" in lora_all.stages.split(",")
+    assert all(vars(lora_all)[key] == vars(finetune)[key] for key in SHARED_BY_LORA_ALL)
+    assert "lora-all" in lora_all.stages.split(",")
     assert all(vars(o)[key] == value for o in (lora, finetune) for key, value in {
         "rank": 32, "targets": "q,v", "unit": "category", "format": "p3", "max_instances": 1000, "max_input": 512, "max_output": 64}.items())
     assert (finetune.lr, finetune.tasks, finetune.accumulate, finetune.steps) == (lr, tasks, accumulate, 20_000)

@@ -14,8 +14,8 @@ from stages import ROOT, STAGES, at_step, environment, interrupt
 
 import common
 
-NEEDS = {"base": (), "meta": ("base",), "lora": ("meta",), "lora-all": ("meta",), "pretrain": ("meta",),
-         "finetune": ("meta", "lora", "pretrain")}
+NEEDS = {"base": (), "meta": ("base",), "lora": ("meta",), "lora-all": ("meta",),
+         "pretrain": ("meta",), "finetune": ("meta", "lora", "pretrain")}
 FOUR = ("--steps", "4", "--save-every", "2")
 
 
@@ -33,7 +33,9 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize("stage, flags", [
-    ("base", ()), ("meta", ()), ("lora-all", ()), ("lora-all", ("--accumulate", "2", "--bucket-steps", "3")), ("meta", ("--accumulate", "2", "--optimizer", "adafactor")), ("pretrain", ()), ("finetune", ()),
+    ("base", ()), ("lora-all", ()), ("lora-all", ("--accumulate", "2", "--bucket-steps", "3")),
+    ("meta", ()), ("meta", ("--accumulate", "2", "--optimizer", "adafactor")),
+    ("pretrain", ()), ("finetune", ()),
     ("finetune", ("--train-embeddings", "--demos", "2", "--schedule", "linear")),
     ("meta", ("--bucket-steps", "3", "--accumulate", "2")), ("pretrain", ("--bucket-steps", "3")),
     ("finetune", ("--bucket-steps", "3", "--accumulate", "2")), ("finetune", ("--no-hypernetwork", "--optimizer", "adafactor"))])

@@ -80,10 +80,11 @@ def test_categories_are_nested_the_largest_first(suite):
 
 
 def test_training_rows_come_from_the_whole_file_the_same_ones_whoever_asks(suite):
-    """A file sorted by class: the training split's first 40 rows hold both classes, another split's only the first."""
+    """Of a file sorted by class the training split's rows hold both, another split's one."""
     name = data.listed_tasks(str(suite.data), "train")[0]
     path = suite.data / "tasks" / (name + ".json")
-    rows = [{"id": str(n), "input": f"a {n}", "output": ["yes" if n < 100 else "no"]} for n in range(200)]
+    outputs = ["yes"] * 100 + ["no"] * 100
+    rows = [{"id": str(n), "input": f"a {n}", "output": [text]} for n, text in enumerate(outputs)]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"Instances": rows}))
     (suite.data / "splits/default/validation_tasks.txt").write_text(name)
 
@@ -91,9 +92,11 @@ def test_training_rows_come_from_the_whole_file_the_same_ones_whoever_asks(suite
         return [x.id for x in data.load_sni(str(suite.data), split, *range_)[0].instances]
 
     first, rest = ids("train", 40), ids("train", None, 40)
-    assert 10 < sum(int(n) < 100 for n in first) < 30 and first == ids("train", 40) == ids("train", None)[:40]
+    assert 10 < sum(int(n) < 100 for n in first) < 30
+    assert first == ids("train", 40) == ids("train", None)[:40]
     assert len(rest) == 160 and set(first) | set(rest) == {str(n) for n in range(200)}
-    assert first == [x.id for x in data.training_tasks(options(suite.data, max_instances=40, seed=3))[0].instances]
+    task = data.training_tasks(options(suite.data, max_instances=40, seed=3))[0]
+    assert first == [x.id for x in task.instances]
     assert ids("validation", 40) == [str(n) for n in range(40)]
     del rows[int(first[0])]["output"]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"Instances": rows}))
@@ -101,7 +104,7 @@ def test_training_rows_come_from_the_whole_file_the_same_ones_whoever_asks(suite
         data.load_sni(str(suite.data), "train", 1)
 
 
-def test_teachers_answer_instances_that_they_were_not_trained_on_whatever_the_evaluation_asks_for(project):
+def test_teachers_answer_instances_they_were_not_trained_on_whatever_is_asked_for(project):
     project.run("evaluate", "--rows=teachers", "--max-instances=1")
     used = project.record("lora")["max_instances"]
     trained = {x.id for t in data.load_sni(str(project.data), "train", used) for x in t.instances}
@@ -254,7 +257,8 @@ def test_the_formula_is_the_papers():
             data, "instance_text", lambda text: "b" * 10), mock.patch.object(common, "meta_path", lambda options: ""):
         tagi = mock.MagicMock(tokenizer=lambda x: {"input_ids": list(x) if isinstance(x, str) else [list(y) for y in x]})
         tagi.options.max_instruction = tagi.options.max_input = 1000
-        bench = mock.MagicMock(tagi=tagi, tasks=[task], options=argparse.Namespace(max_output=5, batch_size=50, max_input=1000))
+        own = argparse.Namespace(max_output=5, batch_size=50, max_input=1000)
+        bench = mock.MagicMock(tagi=tagi, tasks=[task], options=own)
         from cost import measure_cost
         costs = measure_cost(bench, 0, n=100, repeats=1)
     once = (30 + 100 * 10) / (100 * 40)
@@ -265,16 +269,20 @@ def test_the_formula_is_the_papers():
 
 @pytest.mark.parametrize("max_instruction, max_input, expected", [
     (1000, 1000, [20 + 2 * 60, 2 * 10, 2 * 10, 2 * (140 + 10)]),            # nothing is cut
-    (100, 1000, [20 + 60, 20, 20, 300]),                                    # the hypernetwork: one demonstration less
-    (15, 1000, [15, 20, 20, 300]),                                          # even the definition
-    (1000, 160, [140, 20, 20, 2 * (80 + 10)]), (1000, 100, [140, 20, 20, 2 * (20 + 10)]), (1000, 8, [140, 20, 16, 16])])
-def test_the_formulas_tokens_are_those_that_each_model_reads_after_its_cut(monkeypatch, max_instruction, max_input, expected):
+    (100, 1000, [20 + 60, 20, 20, 300]),                # the hypernetwork: one demonstration less
+    (15, 1000, [15, 20, 20, 300]),                          # even the definition
+    (1000, 160, [140, 20, 20, 2 * (80 + 10)]), (1000, 100, [140, 20, 20, 2 * (20 + 10)]),
+    (1000, 8, [140, 20, 16, 16])])
+def test_the_formula_counts_after_the_cut(monkeypatch, max_instruction, max_input, expected):
     """20 tokens of definition, 60 a demonstration, 10 an input, and 15 in between."""
+    def tokens(n):
+        return lambda definition, demonstrations, *text: "a" * (n + 60 * len(demonstrations))
+
     from cost import count_tokens
     from unittest import mock
     monkeypatch.setattr(data, "instance_text", lambda text: "b" * 10)
-    monkeypatch.setattr(data, "instruction_text", lambda definition, demonstrations: "a" * (20 + 60 * len(demonstrations)))
-    monkeypatch.setattr(data, "prompt_text", lambda definition, demonstrations, text: "c" * (45 + 60 * len(demonstrations)))
+    monkeypatch.setattr(data, "instruction_text", tokens(20))
+    monkeypatch.setattr(data, "prompt_text", tokens(45))
     tagi = mock.Mock(tokenizer=lambda text: {"input_ids": list(text)},
                      options=argparse.Namespace(max_instruction=max_instruction, max_input=1000))
     assert count_tokens(tagi, ("d", [("x", "y")] * 2), ["u", "v"], max_input).tolist() == expected
@@ -302,9 +310,10 @@ def test_mt5_and_t5_v1_0_base_have_no_published_rows():
     from random_t5 import t5_config
     from transformers import MT5Config, T5Config
     shape = t5_config("base")
-    mt5 = MT5Config(d_model=768, d_ff=2048, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12)
-    v1_0 = T5Config(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12)
-    assert report.published_sni(shape) and not report.published_sni(mt5) and not report.published_sni(v1_0)
+    same = {"d_model": 768, "d_kv": 64, "num_heads": 12, "num_layers": 12, "num_decoder_layers": 12}
+    assert report.published_sni(shape)
+    assert not report.published_sni(MT5Config(d_ff=2048, **same))
+    assert not report.published_sni(T5Config(d_ff=3072, **same))
 
 
 @pytest.mark.parametrize("size, column", [("base", 0), ("xl", 1), ("xxl", 2), ("large", None), ("smoke", None)])
@@ -373,14 +382,15 @@ def test_rescoring_gives_the_same_scores_without_a_model(scored, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(r | {"prediction": r["references"][0].upper()}) + "\n" for r in lines[:-3]))
     for bench, score in (("sample", 0), ("sni", 100)):                       # the official exact match is looser
-        path.write_text("".join(json.dumps(r | {"prediction": r["references"][0].upper(), "bench": bench}) + "\n" for r in lines[:-3]))
+        upper = [r | {"prediction": r["references"][0].upper(), "bench": bench} for r in lines[:-3]]
+        path.write_text("".join(json.dumps(r) + "\n" for r in upper))
         scored.run("evaluate", "--rescore", path, "--bench", bench, "--out", tmp_path)
         assert {r["exact_match"] for r in results(tmp_path)["results"]} == {score}
 
 
 @pytest.mark.parametrize("known_by", ["the file", "the config beside it", "nothing"])
 def test_a_predictions_file_is_scored_by_its_own_benchs_rule(scored, tmp_path, known_by):
-    """Upper case is wrong in the built-in suite, right by the official rule, which a file of unknown origin is scored by."""
+    """Upper case is wrong in the built-in suite, right by the official rule, an unknown file's."""
     path = scored.runs / "evaluate/predictions.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     upper = [r | {"prediction": r["references"][0].upper()} for r in lines]
@@ -396,8 +406,9 @@ def test_a_predictions_file_is_scored_by_its_own_benchs_rule(scored, tmp_path, k
     if known_by == "nothing":
         scored.run("evaluate", "--rescore", path, "--bench=sample", "--out", tmp_path / "out")
     else:
-        line = scored.refuses("evaluate", "--rescore", path, "--bench=sni", "--out", tmp_path / "none")
-        assert str(path) in line and "sample" in line and "--bench" in line and not (tmp_path / "none").exists()
+        none = tmp_path / "none"
+        line = scored.refuses("evaluate", "--rescore", path, "--bench=sni", "--out", none)
+        assert str(path) in line and "sample" in line and "--bench" in line and not none.exists()
 
 
 def test_a_partial_file_is_rescored_with_its_gaps_shown(scored, tmp_path):
@@ -554,6 +565,7 @@ def test_the_configs_hold_the_papers_table_6(size, lr, tasks, accumulate):
     assert (finetune.optimizer, finetune.lr, finetune.steps, finetune.tasks, finetune.accumulate, finetune.precision) == (
         "adamw", lr, 20_000, tasks, accumulate, "bf16")
     assert (finetune.schedule, finetune.warmup, finetune.lambda_kl, finetune.lambda_ins) == ("linear", 0.02, 5, "sigmoid")
-    for key in ("steps", "tasks", "instances", "accumulate", "bucket_steps", "lr", "schedule", "warmup", "demos", "vary_demos"):
+    for key in ("steps", "tasks", "instances", "accumulate", "bucket_steps", "lr", "schedule",
+                "warmup", "demos", "vary_demos"):
         assert vars(lora_all)[key] == vars(finetune)[key], key
     assert "lora-all" in lora_all.stages.split(",")

@@ -5,6 +5,7 @@ import torch.nn as nn
 
 import common
 
+pytestmark = pytest.mark.numbers
 SHAPES = [(24, 24), (24, 40), (40, 24), (24, 24), (16, 48)]
 
 

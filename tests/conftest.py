@@ -128,7 +128,7 @@ def apart(a: dict, b: dict, lr: float) -> float:
     weights, so the mean stays small.
     """
     assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().mean().item() for name in a) / lr
+    return max(((a[name] - b[name]).abs().mean().item() for name in a), default=0) / lr
 
 
 def _double_norm(self, x):

@@ -186,7 +186,7 @@ def test_checkpointing_and_compiling_train_the_same(project, stage, flags, monke
         for path in (project.runs / stage).rglob("model.safetensors"):
             folder = path.parent.relative_to(project.runs / stage)
             a, b = project.weights(stage, folder), project.weights("other", folder)
-            assert apart(a, b, project.record(stage)["lr"]) < 0.01
+            assert apart(a, b, project.record(stage)["lr"]) < 0.03
 
 
 def test_compiling_with_checkpointing_is_refused(project):

@@ -58,7 +58,7 @@ def test_meta_on_two_ranks_equals_one_process_with_two_micro_batches(finished, t
     one.run("meta", "--accumulate=2", *SHARED)
     half.run("meta", *SHARED)
     two, lr = teachers.weights("meta"), teachers.record("meta")["lr"]
-    assert apart(two, one.weights("meta"), lr) < 0.01
+    assert apart(two, one.weights("meta"), lr) < 0.03
     assert apart(two, half.weights("meta"), lr) > 0.1           # the second rank's half counts
 
 
@@ -108,7 +108,7 @@ def test_finetuning_on_two_ranks_equals_one_process_with_two_micro_batches(finis
     one.run("finetune", "--accumulate=2", *FINETUNE)
     half.run("finetune", *FINETUNE)
     two, lr = student.weights("finetune"), student.record("finetune")["lr"]
-    assert apart(two, one.weights("finetune"), lr) < 0.01
+    assert apart(two, one.weights("finetune"), lr) < 0.03
     assert apart(two, half.weights("finetune"), lr) > 0.1
 
 

@@ -139,7 +139,7 @@ def test_a_teacher_in_a_group_is_the_teacher_trained_alone(demos, tasks, tmp_pat
     for n, unit in enumerate(sorted(units)):
         alone = teach(tmp_path / unit, make_llm("v1.1"), [unit], units, f"--demos={demos}")
         its = train_teacher.flatten(lora.select(group, n))
-        assert apart(train_teacher.flatten(lora.select(alone, 0)), its, lr=1e-3) < 0.01
+        assert apart(train_teacher.flatten(lora.select(alone, 0)), its, lr=1e-3) < 0.03
 
 
 @pytest.mark.parametrize("more", [[], ["--bucket-steps=4"]])
@@ -152,7 +152,7 @@ def test_a_teacher_among_sixteen_is_the_teacher_trained_alone(tasks, tmp_path, m
     for n in (0, 7, 15):
         alone = teach(tmp_path / str(n), make_llm("v1.1"), [f"unit{n:02}"], units, *flags)
         its = train_teacher.flatten(lora.select(group, n))
-        assert apart(train_teacher.flatten(lora.select(alone, 0)), its, lr=1e-4) < 0.01
+        assert apart(train_teacher.flatten(lora.select(alone, 0)), its, lr=1e-4) < 0.03
     assert all((B[0] - B[15]).abs().max() > 1e-4 for _, B in group.values())
 
 

@@ -116,7 +116,7 @@ def test_an_interrupted_lora_stage_keeps_finished_teachers_and_a_rerun_skips_the
     assert names == sorted(path.parent.name for path in cut.runs.glob("lora/*/model.safetensors")) and len(names) > 3
     for name in names:                                                      # and each is what it is in a group
         alone, together = cut.weights("lora", name), finished.weights("lora", name)
-        assert apart(alone, together, cut.record("lora")["lr"]) < 0.01
+        assert apart(alone, together, cut.record("lora")["lr"]) < 0.03
 
 
 @pytest.mark.parametrize("how, error", [(interrupt, SystemExit), (kill, Killed)])

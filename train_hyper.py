@@ -28,6 +28,7 @@ import config
 import data
 import draw
 import lora
+import optim
 import t5
 from hypernet import TAGI
 from train_teacher import load_teachers
@@ -232,7 +233,7 @@ def train(options, rank, world):
                                      f"python train_teacher.py --stage lora{common.config_flag(options)}")
         if options.lambda_kl and options.kl_teacher != "lora":
             teacher_llm = load_kl_teacher(options, path, tagi)
-    optimizer = common.make_optimizer(parameters, options)
+    optimizer = optim.make_optimizer(parameters, options)
     start = common.resume(folder, options, parameters, optimizer)
     if options.stage == "finetune" and options.pretrained and start == 0:
         start_from_pretrained(options, parameters)
@@ -243,7 +244,7 @@ def train(options, rank, world):
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
 
     for step in range(start, options.steps):
-        lr = common.learning_rate(options, step)
+        lr = optim.learning_rate(options, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = [get_batch(step, rank + world * i) for i in range(options.accumulate)]

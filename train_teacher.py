@@ -32,6 +32,7 @@ import config
 import data
 import draw
 import lora
+import optim
 import t5
 
 
@@ -107,14 +108,14 @@ def train_together(folder, options, llm, parameters, save, get_batch, rank, worl
 
     save(optimizer=.., step=.., finished=..) writes a checkpoint to the folder.
     """
-    optimizer = common.make_optimizer(parameters, options)
+    optimizer = optim.make_optimizer(parameters, options)
     start = common.resume(folder, options, parameters, optimizer)
     common.begin(folder, options, rank)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     for step in range(start, options.steps):
-        lr = common.learning_rate(options, step)
+        lr = optim.learning_rate(options, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         micros = [rank + world * i for i in range(options.accumulate)]      # among all ranks'
@@ -293,7 +294,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
     numbers = {unit: n for n, unit in enumerate(sorted(units))}
     weights = lora.init_weights(llm, options.rank, options.seed, len(group))   # {site: (U, r, D_in), (U, D_out, r)}
     parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
-    optimizer = common.make_optimizer(parameters, options)
+    optimizer = optim.make_optimizer(parameters, options)
     unfinished = os.path.join(folder, f"unfinished-{common.digest(repr(group))}")           # of just these teachers
     start = common.resume(unfinished, options, parameters, optimizer)
     log = common.Log(folder, options, start, rank, summed=False)            # every rank has teachers of its own
@@ -317,7 +318,7 @@ def train_teachers(folder, options, llm, tokenizer, group, units, stop, rank):
 
     lora.set_weights(llm, weights)
     for step in range(start, options.steps):
-        lr = common.learning_rate(options, step)
+        lr = optim.learning_rate(options, step)
         for g in optimizer.param_groups:
             g["lr"] = lr
         batches = [get_batch(step, micro) for micro in range(options.accumulate)]

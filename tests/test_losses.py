@@ -14,6 +14,7 @@ import common
 import data
 import hypernet
 import lora
+import optim
 import t5
 import train_hyper
 import train_teacher
@@ -339,9 +340,9 @@ def one_step():
         optimizer.parameters = parameters
         return 0
 
-    stubs = {"make_optimizer": lambda *args: Recorder(), "resume": resume, "save_checkpoint": mock.Mock(),
-             "StopSignal": lambda: mock.Mock(asked=0), "Log": mock.Mock()}
+    stubs = {"resume": resume, "save_checkpoint": mock.Mock(), "StopSignal": lambda: mock.Mock(asked=0), "Log": mock.Mock()}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(optim, "make_optimizer", lambda *args: Recorder()))
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(common, name, stub))
         yield seen

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import common
 import config
 import lora
+import optim
 import train_hyper
 from decoding import decode_adapted
 from hypernet import TAGI
@@ -60,7 +61,7 @@ def make(options, size, device):
                              options.max_output)
         batch["prompt"] = [x[:, :options.max_input] for x in batch["prompt"]]
     teachers = random_teachers(tagi, UNITS) if options.lambda_ins else None
-    return tagi, teachers, common.make_optimizer(tagi.trainable(), options), batch
+    return tagi, teachers, optim.make_optimizer(tagi.trainable(), options), batch
 
 
 def title(stage, size, checkpointing, chunked=True):

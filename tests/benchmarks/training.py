@@ -15,6 +15,7 @@ import common
 import data
 import draw
 import lora
+import optim
 import sample
 import train_hyper
 import train_teacher
@@ -80,7 +81,7 @@ def finetune(args):
         tagi, plain = make_tagi(args, *flags), make_llm(args)
         batch = random_batch(args, tasks, instances, S, T, C)
         stacked = random_teachers(tagi, tasks)
-        optimizer = common.make_optimizer(tagi.trainable(), tagi.options)
+        optimizer = optim.make_optimizer(tagi.trainable(), tagi.options)
 
         def ours():
             step(tagi, optimizer, batch, stacked)
@@ -88,7 +89,7 @@ def finetune(args):
         lora.inject_lora(plain, targets.split(","), rank, alpha)
         weights = lora.init_weights(plain, rank, 0)
         parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
-        its_optimizer = common.make_optimizer(parameters, tagi.options)
+        its_optimizer = optim.make_optimizer(parameters, tagi.options)
         lora.set_weights(plain, weights)
 
         def usual():

@@ -49,8 +49,8 @@ def parser():
     g.add_argument("--normalize", default=False, help="p3: log-likelihoods per token instead of their sum", **config.flag)
     g.add_argument("--rows", help="only these rows of the table: " + ", ".join(ROWS))
     g.add_argument("--batch-size", type=config.positive, help="default: 250 for the built-in suite, else 20")
-    g.add_argument("--cost-repeats", type=config.positive, default=5,
-                   help="timed repeats of each way to answer 100 instances")
+    g.add_argument("--cost-repeats", type=config.at_least(0), default=5,
+                   help="timed repeats of each way to answer 100 instances; 0: no costs")
     g.add_argument("--out", help="where the results go; default: evaluate under --runs")
     g = p.add_argument_group("floors of exact match, at Def and at Def + 2 Pos: exit 1 below")
     g.add_argument("--floor", type=config.finite, help="of TAGI")
@@ -154,7 +154,7 @@ def run(options):
         except KeyboardInterrupt:
             print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same command again to go on")
             sys.exit(130)
-    if {"tagi", "meta"} <= set(rows):
+    if {"tagi", "meta"} <= set(rows) and options.cost_repeats:
         measure = measure_ranking if options.bench == "p3" else measure_cost
         costs = {demos: measure(bench, demos, repeats=options.cost_repeats) for demos in settings}
         for result in scores:

@@ -211,16 +211,21 @@ def alignment_loss(generated: Weights, teacher: Weights, kind: str) -> torch.Ten
     unlike the factors, unique. It is got from r × r Gram matrices, without forming D_out × D_in:
     ‖BA − B'A'‖² = ⟨BᵀB, AAᵀ⟩ − 2⟨BᵀB', AA'ᵀ⟩ + ⟨B'ᵀB', A'A'ᵀ⟩.
     """
-    def inner(A1, B1, A2, B2):                                          # ⟨B1·A1, B2·A2⟩ for each task
+    def inner(A1, B1, A2, B2):                                          # ⟨B1·A1, B2·A2⟩ for each site and task
         return ((B1.mT @ B2) * (A1 @ A2.mT)).sum((-2, -1))
 
+    shapes = {}                                                         # sites of one shape are taken together
+    for name, (A, B) in generated.items():
+        shapes.setdefault((A.shape, B.shape), []).append(name)
     total, count = 0.0, 0
-    for name, (A, B) in generated.items():                              # (K, r, D_in), (K, D_out, r)
-        A_t, B_t = teacher[name]
+    for names in shapes.values():
+        A, B = (torch.stack([generated[name][i] for name in names]) for i in (0, 1))     # (P, K, r, D_in), (P, K, D_out, r)
+        A_t, B_t = (torch.stack([teacher[name][i] for name in names]) for i in (0, 1))
         if kind == "factors":
-            total = total + (A - A_t).square().sum((-2, -1)) + (B - B_t).square().sum((-2, -1))
-            count += A[0].numel() + B[0].numel()
+            errors = (A - A_t).square().sum((-2, -1)) + (B - B_t).square().sum((-2, -1))
+            count += len(names) * (A[0, 0].numel() + B[0, 0].numel())
         else:
-            total = total + inner(A, B, A, B) - 2 * inner(A, B, A_t, B_t) + inner(A_t, B_t, A_t, B_t)
-            count += B.shape[-2] * A.shape[-1]
+            errors = inner(A, B, A, B) - 2 * inner(A, B, A_t, B_t) + inner(A_t, B_t, A_t, B_t)
+            count += len(names) * B.shape[-2] * A.shape[-1]
+        total = total + errors.sum(0)                                   # over sites
     return total / count

@@ -42,7 +42,7 @@ def train_and_score(folder: Path, arithmetic: str, seed: int, config: str) -> di
     for words in (["train_teacher.py", "--stage", "lora"], ["train_hyper.py", "--stage", "pretrain", *accumulate],
                   ["train_hyper.py", "--stage", "finetune", *accumulate]):
         call([*launch, *words, *shared], environment)
-    call([PYTHON, "evaluate.py", "--checkpoint", str(folder / "finetune"), "--rows", ROWS, "--cost-repeats", "1"], environment)
+    call([PYTHON, "evaluate.py", "--checkpoint", str(folder / "finetune"), "--rows", ROWS, "--cost-repeats", "0"], environment)
     results = json.loads((folder / "evaluate" / "results.json").read_text())["results"]
     scores = {}
     for r in results:

@@ -95,6 +95,8 @@ def add_training_options(parser: Parser, steps: int) -> None:
     g.add_argument("--steps", type=positive, default=steps)
     g.add_argument("--tasks", type=positive, default=8, help="tasks in a micro-batch of one rank")
     g.add_argument("--instances", type=positive, default=1, help="instances of each of these tasks")
+    g.add_argument("--balance", default="tasks", choices=["tasks", "categories"],
+                   help="categories: each is drawn as often as any other, whatever its number of tasks (lora-all, finetune)")
     g.add_argument("--accumulate", type=positive, default=1, help="micro-batches per step and rank")
     g.add_argument("--bucket-steps", type=at_least(0), default=0, help="sort the texts of so many steps by length and deal them "
                    "out again, for less padding; 1: each step's own into its micro-batches; 0: as drawn")

@@ -3,6 +3,7 @@
 A resumed run needs no loader state, and two ranks draw what one process would have drawn in two micro-batches.
 """
 import functools
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,13 +34,22 @@ def n_demonstrations(demos: str, seed: int, step: int) -> int:
     return 2 * (generator(seed, step, 0, 1).random() < 1 / 2) if demos == "mixed" else int(demos)
 
 
+def chances(tasks: list[Task], balance: str) -> np.ndarray | None:
+    """How likely each task is to be drawn, with --balance categories; None: all alike."""
+    if balance == "tasks":
+        return None
+    sizes = Counter(task.category for task in tasks)
+    return np.array([1 / sizes[task.category] for task in tasks]) / len(sizes)
+
+
 def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int, n_demos: int,
-               vary: bool = False) -> list[Draw]:
+               vary: bool = False, p: np.ndarray | None = None) -> list[Draw]:
     """n_tasks tasks, each with one of its wordings, n_instances instances and n_demos demonstrations.
 
     vary: demonstrations are drawn from the task's instances; else they are its first positive examples, as in the tests.
+    p: the tasks' chances (`chances`).
     """
-    picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks))
+    picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks), p=p)
     return [draw_task(tasks[t], rng, n_instances, n_demos, vary) for t in picks]
 
 

@@ -149,11 +149,11 @@ def finetune_batches(options, tagi, n_micro, tasks=None):
     """
     tasks = data.training_tasks(options) if tasks is None else tasks
     units = sorted({data.unit_of(task, options.unit) for task in tasks})
-    tokenizer, device = tagi.tokenizer, options.device
+    tokenizer, device, p = tagi.tokenizer, options.device, draw.chances(tasks, options.balance)
 
     def draws(step, micro):
         rng, demos = draw.generator(options.seed, step, micro), draw.n_demonstrations(options.demos, options.seed, step)
-        return draw.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos)
+        return draw.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos, p)
 
     deal = draw.by_length(draws, options, n_micro)
 

@@ -233,13 +233,14 @@ def train_lora_all(options, rank, world):
     tasks = data.training_tasks(options)
     weights = lora.init_weights(llm, options.rank, options.seed)     # {site: (r, D_in), (D_out, r)}
     lora.set_weights(llm, weights)
-    parameters = {name: p.requires_grad_() for name, p in flatten(weights).items()}
+    parameters = {name: w.requires_grad_() for name, w in flatten(weights).items()}
+    p = draw.chances(tasks, options.balance)
 
     def draws(step, micro):
         rng = draw.generator(options.seed, step, micro)
         demos = draw.n_demonstrations(options.demos, options.seed, step)
         return draw.draw_tasks(tasks, rng, options.tasks, options.instances, demos,
-                               options.vary_demos)
+                               options.vary_demos, p)
 
     deal = draw.by_length(draws, options, world * options.accumulate)
 

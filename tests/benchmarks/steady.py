@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +31,13 @@ NAMES = {"tagi": "TAGI, right instruction", "meta": "meta-trained, instruction i
 
 
 def train_and_score(folder: Path, arithmetic: str, seed: int, config: str) -> dict:
-    """{row: {demonstrations: exact match}} of one run on test tasks, and its seconds; finished stages are not run again."""
+    """{row: {demonstrations: exact match}} of one run on test tasks; finished stages are not run again."""
     environment, processes = ARITHMETIC[arithmetic]
     launch = [PYTHON]
     if processes > 1:
         launch = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     shared = ["--config", config, "--runs", str(folder), "--seed", str(seed)]
     accumulate = ["--accumulate", str(2 // processes)]                      # the same effective batch
-    begin = time.time()
     for words in (["train_teacher.py", "--stage", "lora"], ["train_hyper.py", "--stage", "pretrain", *accumulate],
                   ["train_hyper.py", "--stage", "finetune", *accumulate]):
         call([*launch, *words, *shared], environment)
@@ -47,7 +46,7 @@ def train_and_score(folder: Path, arithmetic: str, seed: int, config: str) -> di
     scores = {}
     for r in results:
         scores.setdefault(r["row"], {})[r["demos"]] = r["exact_match"]
-    return {"scores": scores, "seconds": round(time.time() - begin)}
+    return scores
 
 
 def call(words: list[str], environment: dict) -> None:
@@ -62,20 +61,19 @@ def table(runs: dict, seeds: int) -> str:
              f"Exact match on test tasks, Def / Def + 2 Pos, of {len(runs)} quick starts from the T5 in `assets/`; "
              f"written by `python tests/benchmarks/steady.py --seeds {seeds}`. Processor: {processor()}, torch "
              f"{torch.__version__}.", "",
-             "| arithmetic | seed | TAGI | its share of the baseline's | unseen wording | shuffled instruction | seconds |",
-             "|---|--:|--:|--:|--:|--:|--:|"]
-    for (arithmetic, seed), run in runs.items():
-        s = run["scores"]
+             "| arithmetic | seed | TAGI | its share of the baseline's | unseen wording | shuffled instruction |",
+             "|---|--:|--:|--:|--:|--:|"]
+    for (arithmetic, seed), s in runs.items():
         right, baseline = s[NAMES["tagi"]], s[NAMES["meta"]]
         share = " / ".join(f"{100 * right[d] / baseline[d]:.1f} %" for d in (0, 2))
         lines.append(f"| {arithmetic} | {seed} | {both(right)} | {share} | {both(s['TAGI, unseen wording'])} | "
-                     f"{both(s[NAMES['shuffled']])} | {run['seconds']} |")
-    rights = np.array([[run["scores"][NAMES["tagi"]][d] for d in (0, 2)] for run in runs.values()])
-    baselines = np.array([[run["scores"][NAMES["meta"]][d] for d in (0, 2)] for run in runs.values()])
+                     f"{both(s[NAMES['shuffled']])} |")
+    rights = np.array([[run[NAMES["tagi"]][d] for d in (0, 2)] for run in runs.values()])
+    baselines = np.array([[run[NAMES["meta"]][d] for d in (0, 2)] for run in runs.values()])
     low, high = rights.min(0), rights.max(0)
     same_seed = []
     for seed in range(seeds):
-        own = np.array([[run["scores"][NAMES["tagi"]][d] for d in (0, 2)] for (_, s), run in runs.items() if s == seed])
+        own = np.array([[run[NAMES["tagi"]][d] for d in (0, 2)] for (_, s), run in runs.items() if s == seed])
         same_seed.append(own.max(0) - own.min(0))
     spread = np.max(same_seed, 0)
     share = (100 * rights / baselines).min(0)
@@ -105,25 +103,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=ARITHMETIC, nargs="+", default=list(ARITHMETIC))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--config", default="configs/sample.yaml")
     parser.add_argument("--runs", default="runs/steady", help="folder of the runs")
     parser.add_argument("--out", default="docs/steady.md")
     args = parser.parse_args()
-    runs = {}
-    for seed in range(args.seeds):
-        for arithmetic in args.only:
-            folder = ROOT / args.runs / f"{arithmetic.replace(' ', '-')}-{seed}"
-            record = folder / "steady.json"
-            if not record.is_file():
-                run = train_and_score(folder, arithmetic, seed, args.config)
-                record.write_text(json.dumps(run))
-            runs[arithmetic, seed] = json.loads(record.read_text())
-            for scores in runs[arithmetic, seed]["scores"].values():        # JSON's keys are texts
-                for demos in list(scores):
-                    scores[int(demos)] = scores.pop(demos)
-            s = runs[arithmetic, seed]["scores"]
-            print(f"{arithmetic}, seed {seed}: TAGI {both(s[NAMES['tagi']])}, baseline {both(s[NAMES['meta']])}, "
-                  f"{runs[arithmetic, seed]['seconds']} s", flush=True)
+
+    def run(case):
+        """Its scores, from the file that an earlier call left, or trained now."""
+        arithmetic, seed = case
+        folder = ROOT / args.runs / f"{arithmetic.replace(' ', '-')}-{seed}"
+        record = folder / "steady.json"
+        if not record.is_file():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(train_and_score(folder, arithmetic, seed, args.config)))
+        scores = {row: {int(demos): x for demos, x in by_demos.items()}      # JSON's keys are texts
+                  for row, by_demos in json.loads(record.read_text()).items()}
+        print(f"{arithmetic}, seed {seed}: TAGI {both(scores[NAMES['tagi']])}, baseline {both(scores[NAMES['meta']])}", flush=True)
+        return case, scores
+
+    cases = [(arithmetic, seed) for seed in range(args.seeds) for arithmetic in args.only]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = dict(pool.map(run, cases))
     runs = dict(sorted(runs.items(), key=lambda item: (args.only.index(item[0][0]), item[0][1])))
     os.makedirs(ROOT / "docs", exist_ok=True)
     text = table(runs, args.seeds)

@@ -352,9 +352,9 @@ def check_processes(folder: str, options) -> None:
     if old != new:
         micros = old * options.accumulate
         same = f" --accumulate {micros // new} (the same batch)" if micros % new == 0 else ""
-        raise UserError(f"{folder} holds an unfinished run of {old} processes, not {new}: the batch "
-                        f"would change; go on with {old} (torchrun --nproc-per-node {old}), or start "
-                        f"over with --fresh{same}")
+        raise UserError(f"{folder} holds an unfinished run of {old} processes, not {new}: the "
+                        f"batch would change; go on with {old} (torchrun --nproc-per-node {old}), "
+                        f"or start over with --fresh{same}")
 
 
 def resume(folder: str, options, parameters: dict, optimizer) -> int:

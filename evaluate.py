@@ -212,7 +212,7 @@ def missed_floors(results: list[dict], options) -> list[str]:
                           f"{options.floor:g}")
         if options.floor_margin is not None and right < wrong + options.floor_margin:
             missed.append(f"{at}: TAGI's exact match of {right:.1f} is less than "
-                          f"{options.floor_margin:g} above the {wrong:.1f} with the shuffled instruction")
+                          f"{options.floor_margin:g} above the {wrong:.1f} with the shuffled one")
         if options.floor_meta is not None and meta < options.floor_meta:
             missed.append(f"{at}: the meta-trained row's exact match of {meta:.1f} misses the "
                           f"floor of {options.floor_meta:g}")

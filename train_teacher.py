@@ -373,11 +373,11 @@ def check_teachers(folder, units, options, command):
         old = vars(common.load_options(path, "llm_fingerprint"))
         common.check_fingerprint(options.llm_fingerprint, old["llm_fingerprint"], path,
                                  "the frozen LLM's folder")
-        for key in ("rank", "alpha"):                           # another alpha's would load, rescaled
+        for key in ("rank", "alpha"):                   # another alpha's would load, rescaled
             new = getattr(options, key)
             if old.get(key, new) != new:
-                raise common.UserError(f"{path} was trained with --{key} {old[key]}, not {new}; use "
-                                       f"the same, or train it again: {command} --fresh")
+                raise common.UserError(f"{path} was trained with --{key} {old[key]}, not {new}; "
+                                       f"use the same, or train it again: {command} --fresh")
 
 
 def load_teachers(folder, units, llm, options, command):

@@ -121,7 +121,7 @@ def close(a, b, tolerance=1e-9):
 
 
 def apart(a: dict, b: dict, lr: float) -> float:
-    """How far two trainings of {name: weights} are apart in learning rates, the worst tensor's mean.
+    """How far apart two trainings are, in learning rates: the mean over the worst tensor.
 
     Adam-like optimizers move a weight by about lr a step whatever its gradient's size. Where
     rounding decides a gradient's sign, two orders of summing are up to 2·lr a step apart: at few

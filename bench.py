@@ -64,13 +64,14 @@ class Bench:
 
     @functools.cached_property
     def trained(self):
-        """Every fifth training task (enough for a mean), with instances that no teacher was trained on."""
+        """About a hundred training tasks (enough for a mean), with instances that no teacher was trained on."""
         folder, _, command = self.teachers_of("teachers")
         if not os.path.isdir(folder):
             raise common.UserError(f"{folder}: no LoRA teachers; first run {command}")
         # What the teachers were trained on, whatever is asked for now.
         used = common.load_options(folder, "max_instances").max_instances
-        tasks = data.training_tasks(self.options, 10, skip=used)[::5]
+        tasks = data.training_tasks(self.options, 10, skip=used)
+        tasks = tasks[::max(1, len(tasks) // 100)]
         if not tasks:
             raise common.UserError(
                 f"no training task in {self.options.data} has more than the {used} instances that "

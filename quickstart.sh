@@ -35,7 +35,7 @@ run $train train_teacher.py $options
 run $train train_hyper.py --stage pretrain $options
 run $train train_hyper.py --stage finetune $options
 run python evaluate.py --bench sample --checkpoint $runs/finetune --floor-meta 95 --floor-share 0.95 --floor-margin 80 \
-    --cost-repeats 3 $fresh
+    --cost-repeats 2 $fresh
 run python evaluate.py --checkpoint $runs/finetune --instruction "Which city is it? Put it in quotes." \
     --input "On Monday Anna the baker bought a red lamp in Paris."
 echo; echo "quick start: $((SECONDS - begin)) s"

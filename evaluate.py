@@ -295,9 +295,6 @@ def answer(options):
 @common.command
 def main(argv=None):
     options = config.parse(parser(), "evaluate", argv)
-    options.bench = bench_of_predictions(options) if options.rescore else options.bench or "sample"
-    options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
-    options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
     rows = ROWS if options.rows is None else options.rows.split(",")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise common.UserError("evaluation is one process; start it with python evaluate.py")
@@ -313,6 +310,9 @@ def main(argv=None):
         if options.rescore or options.ablations or options.instruction is not None:
             raise common.UserError(f"{flag} is for an evaluation, not for --rescore, --ablations "
                                    "or --instruction; drop it")
+    options.bench = bench_of_predictions(options) if options.rescore else options.bench or "sample"
+    options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
+    options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
     if options.instruction is not None:
         return answer(options)
     if options.ablations:

@@ -64,6 +64,8 @@ def write_config(path: Path, data: Path, runs: Path) -> None:
     config["pretrain"] |= text | {"width": 16, "bottleneck": 16}
     config["lora"]["teachers_at_once"] = 16                             # all in one group
     config["finetune"] |= {"width": 16, "bottleneck": 16, "tasks": 3}
+    for stage in ("lora_all", "finetune"):
+        config[stage] |= {"instances": 2, "balance": "tasks"}
     path.write_text(yaml.safe_dump(config))
 
 

@@ -305,7 +305,8 @@ def swap_words(folder):
     """Two words of an LLM's tokenizer change places."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
-    vocab[100][0], vocab[101][0] = vocab[101][0], vocab[100][0]
+    one, other_one = list(vocab)[100:102]
+    vocab[one], vocab[other_one] = vocab[other_one], vocab[one]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
@@ -499,7 +500,8 @@ def test_a_kl_teacher_with_another_vocabulary_is_refused(project, tmp_path):
     shutil.copytree(project.runs / "base", other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
-    vocab[100][0], vocab[101][0] = vocab[101][0], vocab[100][0]
+    one, other_one = list(vocab)[100:102]
+    vocab[one], vocab[other_one] = vocab[other_one], vocab[one]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     line = project.refuses("finetune", "--name=other", "--kl-teacher", other)
     assert str(other) in line and "vocabulary" in line

@@ -195,7 +195,7 @@ def test_sni_training_tasks_of_held_out_data_sets_are_warned_of(monkeypatch):
 TEMPLATES = {
     "imdb": [("Reviewer Enjoyment", "{{text}} How does the reviewer feel? ||| {{answer_choices[label]}}", "They didn't like it ||| They loved it"),
              ("Negation ", "{{text}} This is definitely not a ||| {{answer_choices[1-label]}} review.", "negative ||| positive")],
-    "ag_news": [("classify", "{{text}} Which section? ||| {{answer_choices[label]}}", "World ||| Sports")],
+    "ag_news": [("classify", "{{text}} Which kind? ||| {{answer_choices[label]}}", "World ||| Sports")],
     "super_glue/rte": [("can we infer", 'Suppose {{premise}} Can we infer that "{{hypothesis}}"? ||| {% if label != -1 %}'
                         "{{answer_choices[label]}}{% endif %}", "Yes ||| No"),
                        ("not for evaluation", "{{premise}} ||| {{hypothesis}}", None)],
@@ -222,7 +222,7 @@ def write_p3(root: Path) -> Path:
             "rte/validation": [{"premise": f"Tom saw a dog {n} .", "hypothesis": "Tom saw a cat .", "idx": n,
                                 "label": rng.choice(["entailment", "not_entailment"])} for n in range(9)],
             "super_glue/copa/validation": [COPA | {"question": ["cause", "effect"][n % 2], "label": n // 2 % 2} for n in range(8)],
-            "prompted/ag_news_classify": [{"prompt": f"A dog ran {n} . Which section?", "completion": "Sports<|endoftext|>"} for n in range(9)]}
+            "prompted/ag_news_classify": [{"prompt": f"A dog ran {n} . Which kind?", "completion": "Sports<|endoftext|>"} for n in range(9)]}
     for name, lines in rows.items():
         path = root / (name + ".jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -441,7 +441,7 @@ def test_teachers_read_the_prompt_and_the_student_the_fields(p3_project):
     texts = {key: tagi.tokenizer.batch_decode(batch[key][0], skip_special_tokens=True) for key in ("instruction", "input", "prompt")}
     assert any(text.startswith("text") for text in texts["instruction"]) and not any("Definition" in t for t in texts["instruction"])
     for text, prompt in zip(texts["input"], texts["prompt"]):
-        assert (text == prompt) == ("section" in text) and "Input:" not in text + prompt
+        assert (text == prompt) == ("kind" in text) and "Input:" not in text + prompt
 
 
 def test_a_model_trained_on_one_format_is_not_tested_on_the_other(p3_project, finished):

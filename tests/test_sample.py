@@ -149,7 +149,7 @@ def test_known_answers():
                                                       "first": "dog", "second": "Paris", "third": "red", "last": "seven"})
     for operands, form, output in ((("number", "city"), "plus", "seven plus Paris"), (("country",), "quotes", '"France"'),
                                    (("young",), "thrice", "puppy puppy puppy"), (("europe",), "up_down", "up"),
-                                   (("wild",), "yes_no", "no"), (("wild",), "no_yes", "yes"), (("last",), "stars", "*seven*"),
+                                   (("wild",), "yes_no", "no"), (("wild",), "down_up", "up"), (("last",), "stars", "*seven*"),
                                    (("colour", "next_number"), "comma", "red, eight"), (("previous_number",), "plain", "six"),
                                    (("second", "animal", "language"), "dash", "Paris - dog - French")):
         assert sample.answer(sample.Task("", "list", operands, form), record) == output

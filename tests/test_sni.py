@@ -574,8 +574,8 @@ def test_the_configs_hold_the_papers_table_6(size, lr, tasks, accumulate):
 
 def test_balanced_draws_take_each_category_as_often_whatever_its_number_of_tasks():
     tasks = [data.Task(f"t{n}", "few" if n < 2 else "many", ["Do it."], [], [data.Instance("i", "x", ["y"])]) for n in range(12)]
-    drawn = {balance: [d.task.category for seed in range(300) for d in draw.draw_tasks(
-        tasks, draw.generator(seed), 2, 1, 0, p=draw.chances(tasks, balance))] for balance in ("tasks", "categories")}
+    drawn = {balance: [d.task.category for seed in range(600) for d in draw.draw_tasks(
+        tasks, draw.generator(seed), 1, 1, 0, p=draw.chances(tasks, balance))] for balance in ("tasks", "categories")}
     assert abs(drawn["tasks"].count("few") / 600 - 1 / 6) < 0.06
     assert abs(drawn["categories"].count("few") / 600 - 1 / 2) < 0.08
     plain = [draw.draw_tasks(tasks, draw.generator(7), 4, 1, 0, p=p) for p in (None, draw.chances(tasks, "tasks"))]

@@ -526,13 +526,14 @@ def write_suite(root, seed=0):
         if split != "train":
             unseen = f"{split}_unseen_wording"
             versions.append((unseen, name + "_reworded", {**entry, "Definition": definitions(rng, task, unseen)}))
+        for _, name, entry in versions:
+            for definition in entry["Definition"]:
+                if owner.setdefault(definition, name) != name:
+                    raise RuntimeError(f"{name} and {owner[definition]} share a definition: {definition}")
         if split != "train" and untestable(task):
             continue
         for part, name, entry in versions:
             names[part].append(name)
-            for definition in entry["Definition"]:
-                if owner.setdefault(definition, name) != name:
-                    raise RuntimeError(f"{name} and {owner[definition]} share a definition: {definition}")
             write(f"tasks/{name}.json", json.dumps(entry, indent=1) + "\n")
     for part, listed in names.items():
         write(f"splits/default/{part}_tasks.txt", "".join(name + "\n" for name in listed))

@@ -80,7 +80,7 @@ def test_the_example_of_help_is_right(capsys):
 def blocks(language: str) -> list[tuple[str, str]]:
     """The README's code blocks of a language that are followed by a block of their output: (code, output)."""
     text = (ROOT / "README.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```\n+```text\n(.*?)```", text, re.DOTALL)
+    return re.findall(rf"```{language}\n((?:(?!```).)*)```\n+```text\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_readmes_own_instructions_print_what_it_says():

@@ -72,7 +72,7 @@ def table(runs: dict, seeds: int) -> str:
     baselines = np.array([[run[NAMES["meta"]][d] for d in (0, 2)] for run in runs.values()])
     low, high = rights.min(0), rights.max(0)
     same_seed = []
-    for seed in range(seeds):
+    for seed in {seed for _, seed in runs}:
         own = np.array([[run[NAMES["tagi"]][d] for d in (0, 2)] for (_, s), run in runs.items() if s == seed])
         same_seed.append(own.max(0) - own.min(0))
     spread = np.max(same_seed, 0)
@@ -103,16 +103,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=ARITHMETIC, nargs="+", default=list(ARITHMETIC))
+    parser.add_argument("--report", action="store_true", help="the table of the runs that are there; nothing is trained")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--config", default="configs/sample.yaml")
     parser.add_argument("--runs", default="runs/steady", help="folder of the runs")
     parser.add_argument("--out", default="docs/steady.md")
     args = parser.parse_args()
 
+    def folder_of(arithmetic, seed):
+        return ROOT / args.runs / f"{arithmetic.replace(' ', '-')}-{seed}"
+
     def run(case):
         """Its scores, from the file that an earlier call left, or trained now."""
         arithmetic, seed = case
-        folder = ROOT / args.runs / f"{arithmetic.replace(' ', '-')}-{seed}"
+        folder = folder_of(*case)
         record = folder / "steady.json"
         if not record.is_file():
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +127,8 @@ def main():
         return case, scores
 
     cases = [(arithmetic, seed) for seed in range(args.seeds) for arithmetic in args.only]
+    if args.report:
+        cases = [case for case in cases if (folder_of(*case) / "steady.json").is_file()]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = dict(pool.map(run, cases))
     runs = dict(sorted(runs.items(), key=lambda item: (args.only.index(item[0][0]), item[0][1])))

@@ -34,10 +34,14 @@ from typing import NamedTuple
 
 import yaml
 
-# One record, shortened (--seed 0, RECORD):
+# One record, shortened (--seed 0, tasks/task0002_sentence_job_day_plus.json):
 # {"Categories": ["Pair Extraction"],
-#  "Definition": ["RECORD_DEFINITION", ...],
-#  "Positive Examples": [...]}
+#  "Definition": ["Look at the line. Write the job and the weekday, linked by the word plus.", ...],
+#  "Positive Examples": [{"input": "On Wednesday Nora sold pie, a mirror and a yellow hare to a waiter for a cactus.",
+#                         "output": "waiter plus Wednesday", "explanation": "Here waiter is the trade and Wednesday is the weekday."}, ...],
+#  "Negative Examples": [...],
+#  "Instances": [{"id": "task0002_sentence_job_day_plus-0",
+#                 "input": "well, here it is. on monday mark sold fish, a chair and a yellow wolf to a chef.", "output": ["chef plus monday"]}, ...]}
 
 # Tables; assets/suite.yaml explains each.
 

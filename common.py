@@ -59,7 +59,7 @@ def command(main):
 
 def read_yaml(path: str, remedy: str) -> dict:
     with named_file(path, remedy), open(path, encoding="utf-8") as f:
-        values = yaml.safe_load(f) or {}
+        values = yaml.load(f, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}     # the C one is ten times faster
         if not isinstance(values, dict):
             raise ValueError("expected `key: value` lines")
     return values

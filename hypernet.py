@@ -138,7 +138,11 @@ class Generator(nn.Module):
 
 
 class InstructionAttention(nn.Module):
-    """Eq. 1, part 1: F_l = S_l + Attention(LayerNorm(S_l), I_x, I_x); the output projection starts at zero."""
+    """Eq. 1, part 1: F_l = S_l + Attention(LayerNorm(S_l), I_x, I_x); the output projection starts at zero.
+
+    The rest starts as the block's own self-attention (`start_from`), on which the paper is silent: the frozen LLM
+    already knows how an input attends to an instruction in front of it.
+    """
 
     def __init__(self, d_model, heads, d_head):
         super().__init__()
@@ -147,6 +151,15 @@ class InstructionAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(d_model, heads * d_head, bias=False) for _ in range(3))
         self.o = nn.Linear(heads * d_head, d_model, bias=False)
         nn.init.zeros_(self.o.weight)
+
+    @torch.no_grad()
+    def start_from(self, layer):
+        """Copy query, key, value and norm of a T5 self-attention layer, whose scores are not divided by sqrt(d_kv)."""
+        own = next(module for module in layer.children() if hasattr(module, "q"))
+        for name in ("q", "k", "v"):
+            getattr(self, name).weight.copy_(getattr(own, name).weight)
+        self.q.weight.mul_((len(self.q.weight) / self.heads) ** 0.5)
+        self.norm.weight.copy_(layer.layer_norm.weight)
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (N, H, ·, d_kv)
@@ -182,6 +195,7 @@ class TAGI(nn.Module):
         stack = t5.self_attentions(llm) if options.encoder_fusion else []
         self.fusion = nn.ModuleList(InstructionAttention(D, heads, llm.config.d_kv) for _ in stack)
         for l, layer in enumerate(stack):
+            self.fusion[l].start_from(layer)
             layer.register_forward_hook(lambda _, args, out, l=l: self._fuse(l, out))
 
         self.norm_gains, self.embedding_delta = nn.ParameterDict(), None

@@ -34,6 +34,7 @@ fi
 run $train train_teacher.py $options
 run $train train_hyper.py --stage pretrain $options
 run $train train_hyper.py --stage finetune $options
+unset OMP_NUM_THREADS       # one process: with all cores
 run python evaluate.py --bench sample --checkpoint $runs/finetune --floor-meta 95 --floor-share 0.95 --floor-margin 80 \
     --cost-repeats 2 $fresh
 run python evaluate.py --checkpoint $runs/finetune --instruction "Which city is it? Put it in quotes." \

@@ -66,6 +66,24 @@ def test_step_0_with_concatenation_is_t5_over_concatenated_states(kind, exact):
     assert tagi.generate(INPUTS, adapter, max_new_tokens=8) == answers
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fusion_starts_as_the_blocks_own_self_attention(kind, exact):
+    """With the block's own output projection it computes what Transformers' layer does over the instruction's states,
+    the bias of relative positions aside."""
+    tagi = make_tagi(kind)[0].double()
+    torch.manual_seed(0)
+    states, x = (torch.randn(1, n, tagi.llm.config.d_model, dtype=torch.double) for n in (7, 5))
+    for block, layer in zip(tagi.fusion, t5.self_attentions(tagi.llm), strict=True):
+        own = layer.SelfAttention
+        bias = torch.zeros(1, own.n_heads, 5, 7, dtype=torch.double)
+        expected = own(layer.layer_norm(x), key_value_states=states, position_bias=bias)[0]
+        with torch.no_grad():
+            block.o.weight.copy_(own.o.weight)
+        close(block(x, *block.keys_values(states), torch.ones(1, 7, dtype=torch.bool)) - x, expected,
+              1e-5)                                                         # the query was scaled in float32
+        assert expected.std() > 0.01
+
+
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_from_step_0_every_part_is_reached_by_training(generator):
     """The zeros are no dead end: after two steps of the loss every trainable parameter has had a gradient."""

@@ -190,6 +190,11 @@ def llm_path(options) -> str:
     return {"base": base_path, "meta": meta_path}.get(options.llm, lambda options: options.llm)(options)
 
 
+def llm_of(folder: str, options) -> str:
+    """Where the frozen LLM of the TAGI in `folder` is, by its options."""
+    return os.path.normpath(os.path.join(folder, options.llm_path)) if options.llm_is_relative else options.llm_path
+
+
 def base_path(options) -> str:
     return finished_stage(options, "base") if options.model == "tiny" else options.model
 

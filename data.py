@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import UserError, digest, files_digest, named_file
+from common import UserError, digest, files_digest, named_file, write_text
 from templates import LONGEST_FIELD, Template, load_templates
 
 IGNORE = -100                                  # label of positions that do not count, as in PyTorch's cross-entropy
@@ -139,6 +139,11 @@ def text_digest(options) -> dict:
 def names_and_definitions(tasks: list[Task]) -> dict:
     """{a task's name: a hash of its definition}: what `known_tasks` knows them again by."""
     return {task.name: digest(" ".join(task.definitions[0].split())) for task in tasks}
+
+
+def write_training_tasks(folder: str, tasks: list[Task]) -> None:
+    """Beside a checkpoint, what it was trained on, so that none of it is evaluated on (`bench.Bench`)."""
+    write_text(f"{folder}/training_tasks.json", json.dumps(names_and_definitions(tasks), indent=0))
 
 
 def known_tasks(tasks: list[Task], trained_on: dict) -> list[str]:

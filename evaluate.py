@@ -67,7 +67,7 @@ def parser():
     g.add_argument("--instruction", help="a task definition: answer each --input by it, and do nothing else")
     g.add_argument("--input", action="append", default=[], help="an instance (may be given several times)")
     g = p.add_argument_group("ablations")
-    g.add_argument("--ablations", default=False, help="retrain finetuning without each part, on suites of several seeds",
+    g.add_argument("--ablations", default=False, help="retrain finetuning without each part, from several seeds",
                    **config.flag)
     g.add_argument("--seeds", type=config.positive, default=3)
     g.add_argument("--processes", type=config.positive, default=2, help="that train together (torchrun --nproc-per-node)")

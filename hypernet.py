@@ -411,7 +411,7 @@ class TAGI(nn.Module):
         or the weights are of another model, rank or set of layers.
         """
         options = common.load_options(folder, needs="llm_path")
-        path = options.llm_path if not options.llm_is_relative else os.path.normpath(os.path.join(folder, options.llm_path))
+        path = common.llm_of(folder, options)
         llm, tokenizer = t5.load_llm(path, device, precision, options.attention)
         common.check_fingerprint(t5.fingerprint(llm), options.llm_fingerprint, folder, path)
         tagi = cls(llm, tokenizer, options)

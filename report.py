@@ -205,20 +205,18 @@ def category_chart(results: dict, path: str) -> None:
 # -------------------------------------------------------------------------------------------------------- ablations
 
 def ablations(options) -> None:
-    """Retrain finetuning for every row of ABLATIONS on suites of several seeds, and print means with spread.
+    """Retrain finetuning for every row of ABLATIONS from several seeds on the same data, and print means with spread.
 
-    Everything a row needs, each suite's base, baseline, teachers and pretraining, is run where it is missing; finished
+    Everything a row needs, each seed's baseline, teachers and pretraining, is run where it is missing; finished
     parts are kept, so an interrupted run goes on. The parts are retrained without, never switched off after training.
     """
     train = functools.partial(python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}")
-    names = [("-seed%d" % seed) * (seed > 0) for seed in range(options.seeds)]      # seed 0 is the quick start's suite
-    shared = [["--config", options.config, f"--seed={seed}", f"--data={options.data}{name}", f"--runs={options.runs}{name}"]
+    names = [("-seed%d" % seed) * (seed > 0) for seed in range(options.seeds)]      # seed 0 is the quick start's run
+    shared = [["--config", options.config, f"--seed={seed}", f"--data={options.data}", f"--runs={options.runs}{name}"]
               for seed, name in enumerate(names)]
-    for seed, name in enumerate(names):
-        if not os.path.isdir(options.data + name):
-            python("sample.py", f"--out={options.data}{name}", f"--seed={seed}")
-        train("train_teacher.py", *shared[seed])
-        train("train_hyper.py", "--stage=pretrain", *shared[seed])
+    for words in shared:
+        train("train_teacher.py", *words)
+        train("train_hyper.py", "--stage=pretrain", *words)
     scores = {}                                                     # row -> {demos: [one result a seed]}
     for row, flags in ABLATIONS.items():
         run = "finetune" + "".join(flags).replace("--", "-").replace("=", "-")
@@ -227,7 +225,7 @@ def ablations(options) -> None:
             # Predictions of this very checkpoint and split are reused, no others.
             out = f"{options.runs}{name}/evaluate-{run}"
             python("evaluate.py", *shared[seed], f"--checkpoint={options.runs}{name}/{run}",
-                   f"--out={out}", f"--split={options.split}", *["--rows=tagi"] * bool(flags))
+                   f"--out={out}", f"--split={options.split}", "--cost-repeats=0", *["--rows=tagi"] * bool(flags))
             with open(f"{out}/results.json") as f:
                 for r in json.load(f)["results"]:
                     label = row if r["row"] == "TAGI, right instruction" else r["row"]
@@ -244,7 +242,7 @@ def ablation_table(scores: dict, options) -> str:
     holds zero.
     """
     whole = scores["TAGI, whole method"]
-    lines = [f"{options.split} tasks, exact match, mean ± standard deviation over {options.seeds} suite seeds; in brackets "
+    lines = [f"{options.split} tasks, exact match, mean ± standard deviation over {options.seeds} seeds; in brackets "
              "the difference from the whole method, paired by seed, ± its 95 % interval", "",
              "| | " + " | ".join(SETTINGS.values()) + " |", "|---|---|---|"]
     for row, by_demos in scores.items():

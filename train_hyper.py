@@ -14,7 +14,6 @@ Table 4's ablations are one flag each: --no-pretrained, --no-fusion, --lambda-ce
 --no-hypernetwork.
 """
 import itertools
-import json
 import os
 import sys
 
@@ -238,9 +237,8 @@ def train(options, rank, world):
     if options.stage == "finetune" and options.pretrained and start == 0:
         start_from_pretrained(options, parameters)
     common.begin(folder, options, rank)
-    if rank == 0 and tasks is not None:                     # so that none of them is evaluated on
-        known = json.dumps(data.names_and_definitions(tasks), indent=0)
-        common.write_text(f"{folder}/training_tasks.json", known)
+    if rank == 0 and tasks is not None:
+        data.write_training_tasks(folder, tasks)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
 
     for step in range(start, options.steps):

@@ -90,7 +90,7 @@ def save_llm(folder, options, llm, tokenizer, **kwargs):
     common.save_checkpoint(folder, options, dict(llm.named_parameters()), **kwargs)
 
 
-def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
+def train_llm(folder, options, llm, tokenizer, get_batch, rank, world, tasks=None):
     """Train all weights of the LLM; stages base and meta."""
     llm.to(options.device).train()
     if options.checkpointing and options.compile:
@@ -100,17 +100,19 @@ def train_llm(folder, options, llm, tokenizer, get_batch, rank, world):
     if options.compile:
         llm.compile(dynamic=True)                                           # texts differ in length: one program for all
     save = functools.partial(save_llm, folder, options, llm, tokenizer)
-    train_together(folder, options, llm, dict(llm.named_parameters()), save, get_batch, rank, world)
+    train_together(folder, options, llm, dict(llm.named_parameters()), save, get_batch, rank, world, tasks)
 
 
-def train_together(folder, options, llm, parameters, save, get_batch, rank, world):
+def train_together(folder, options, llm, parameters, save, get_batch, rank, world, tasks=None):
     """Train these parameters on `get_batch(step, micro) -> (ids, mask, labels)`, of all ranks.
 
-    save(optimizer=.., step=.., finished=..) writes a checkpoint to the folder.
+    save(optimizer=.., step=.., finished=..) writes a checkpoint to the folder; tasks: those that the batches are of.
     """
     optimizer = optim.make_optimizer(parameters, options)
     start = common.resume(folder, options, parameters, optimizer)
     common.begin(folder, options, rank)
+    if rank == 0 and tasks is not None:
+        data.write_training_tasks(folder, tasks)
     stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
@@ -205,7 +207,7 @@ def train_meta(options, rank, world):
         ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device)
         return ids, mask, data.labels(tokenizer, [y for d in drawn for _, y in d.pairs], options.max_output, options.device)
 
-    train_llm(folder_of(options, "meta"), options, llm, tokenizer, get_batch, rank, world)
+    train_llm(folder_of(options, "meta"), options, llm, tokenizer, get_batch, rank, world, tasks)
 
 
 def load_frozen_llm(options):

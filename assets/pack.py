@@ -15,7 +15,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "log.jsonl")
+KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "log.jsonl",
+        "training_tasks.json")
 
 
 def pack(source, target):

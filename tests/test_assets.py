@@ -65,6 +65,15 @@ def test_none_of_these_instructions_is_one_that_it_was_trained_on(tmp_path):
     assert len(new) >= 36                                                   # "Find the city." is anybody's
 
 
+def test_a_suite_of_another_seed_is_no_test_of_it(tmp_path, capsys):
+    """Most of its test tasks are training tasks of the suite that the shipped models know."""
+    sample.write_suite(tmp_path / "suite", seed=1)
+    with pytest.raises(SystemExit):
+        answer("--checkpoint", str(SHIPPED), "--data", str(tmp_path / "suite"), "--runs", str(tmp_path), "--rows", "tagi")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"t5-tiny was trained on \d+ of the \d+ test tasks", line), line
+
+
 def test_words_that_it_does_not_know_are_named(capsys):
     answer("--instruction", "Find the zeppelin, please.", "--input", "Anna saw a quokka.")
     assert capsys.readouterr().err.splitlines()[-1] == "warning: words the model does not know: zeppelin, quokka"

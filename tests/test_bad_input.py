@@ -326,7 +326,7 @@ def test_a_student_is_not_evaluated_where_its_training_tasks_have_changed(own, t
 
 
 @pytest.mark.parametrize("how", ["name", "definition"])
-def test_a_task_that_the_student_was_trained_on_is_no_test_task(own, tmp_path, how):
+def test_a_task_that_was_trained_on_is_no_test_task(own, tmp_path, how):
     """Found by its name, whatever its number, or by its definition."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(own.data, folder)
@@ -341,8 +341,10 @@ def test_a_task_that_the_student_was_trained_on_is_no_test_task(own, tmp_path, h
         name = "task999_something_else"
     (folder / "tasks" / f"{name}.json").write_text(text)
     (splits / "test_tasks.txt").write_text(f"{tested}\n{name}\n")
-    line = own.refuses("evaluate", "--rows=tagi", "--data", folder)
-    assert "1 of the 2 test tasks" in line and name in line and str(own.runs / "finetune") in line
+    for stage in ("finetune", "meta"):                          # the student, then the LLM under it
+        line = own.refuses("evaluate", "--rows=tagi", "--data", folder)
+        assert "1 of the 2 test tasks" in line and name in line and str(own.runs / stage) in line
+        (own.runs / stage / "training_tasks.json").unlink()
     own.run("evaluate", "--rows=copy_input", "--data", folder)
 
 

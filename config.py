@@ -44,6 +44,21 @@ def finite(text):
     return value
 
 
+def share(text):
+    """The type of an option: a number from 0 to 1."""
+    value = finite(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
+def below_1(text):
+    """The type of an option: a number from 0 to 1, but not 1."""
+    if share(text) == 1:
+        raise argparse.ArgumentTypeError("must be below 1")
+    return share(text)
+
+
 positive = at_least(1)
 flag = {"action": argparse.BooleanOptionalAction}                           # --x and --no-x
 
@@ -104,11 +119,11 @@ def add_training_options(parser: Parser, steps: int) -> None:
                    help="muon: Muon for matrices, AdamW for the rest; far fewer steps for a model made from nothing")
     g.add_argument("--lr", type=at_least(0, finite), default=1e-4)
     g.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"])
-    g.add_argument("--warmup", type=at_least(0, finite), default=0.02, help="share of the steps")
-    g.add_argument("--restart", type=at_least(0, finite), default=0,
+    g.add_argument("--warmup", type=share, default=0.02, help="share of the steps")
+    g.add_argument("--restart", type=below_1, default=0,
                    help="share of the steps after which the schedule starts anew")
     g.add_argument("--weight-decay", type=at_least(0, finite), default=0.01)
-    g.add_argument("--beta2", type=at_least(0, finite), default=0.999)
+    g.add_argument("--beta2", type=below_1, default=0.999)
     g.add_argument("--clip", type=at_least(0, finite), default=1.0,
                    help="largest gradient norm; 0: no clipping (stage lora has none)")
     g.add_argument("--checkpointing", default=False, help="gradient checkpointing: each block of the LLM runs again in the "

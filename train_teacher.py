@@ -55,10 +55,10 @@ def parser():
     g.add_argument("--heads", type=config.positive, default=4)
     g.add_argument("--ff", type=config.positive, default=128, help="d_ff")
     g = p.add_argument_group("meta")
-    g.add_argument("--drop-instruction", type=config.finite, default=0.0, help="share of draws whose input is the instance alone")
-    g.add_argument("--easy-first", type=config.finite, default=0.0, help="share of the steps, at the start, on tasks with answers "
+    g.add_argument("--drop-instruction", type=config.share, default=0.0, help="share of draws whose input is the instance alone")
+    g.add_argument("--easy-first", type=config.share, default=0.0, help="share of the steps, at the start, on tasks with answers "
                    "of one or two words, in one wording; a model made from nothing needs it")
-    g.add_argument("--demos-after", type=config.finite, default=0.0, help="share of the steps without demonstrations, at the start")
+    g.add_argument("--demos-after", type=config.share, default=0.0, help="share of the steps without demonstrations, at the start")
     g = p.add_argument_group("lora")
     g.add_argument("--teachers-at-once", type=config.positive, default=16,
                    help="LoRA teachers trained side by side in one batch")

@@ -557,6 +557,14 @@ def test_a_number_that_is_none_is_refused(project, stage, flag, value):
     assert not (project.runs / "other").exists() and not (project.runs / "evaluate").exists()
 
 
+@pytest.mark.parametrize("flag, value", [("--beta2", "1"), ("--beta2", "-0.1"), ("--restart", "1"), ("--warmup", "1.1"),
+                                         ("--drop-instruction", "-1"), ("--easy-first", "2"), ("--demos-after", "2")])
+def test_a_share_that_is_none_is_refused(project, flag, value):
+    line = project.refuses("meta", "--name=other", f"{flag}={value}")
+    assert flag in line and ("from 0 to 1" in line or "below 1" in line)
+    assert not (project.runs / "other").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- nothing is lost
 
 @pytest.mark.parametrize("stage", ["base", "lora", "finetune"])

@@ -2,8 +2,7 @@
 
     python tests/benchmarks/steady.py --seeds 5             # writes docs/steady.md; what is finished is kept
 
-The suite and the frozen LLM are the same in all runs; LoRA teachers, one LoRA for all, pretraining and finetuning are
-trained anew in each.
+The suite and the frozen LLM are the same in all runs; LoRA teachers, pretraining and finetuning are trained anew in each.
 """
 import argparse
 import json
@@ -26,9 +25,9 @@ ARITHMETIC = {  # name -> (environment, processes)
     "no vector instructions": ({"ATEN_CPU_CAPABILITY": "default"}, 2),
     "one process": ({}, 1),
 }
-ROWS = "tagi,tagi_shuffled,tagi_unseen_wording,meta,meta_unseen_wording,meta_lora"
+ROWS = "tagi,tagi_shuffled,tagi_unseen_wording,meta,meta_unseen_wording"
 NAMES = {"tagi": "TAGI, right instruction", "meta": "meta-trained, instruction in input",
-         "shuffled": "TAGI, shuffled instruction", "one": "meta-trained with one LoRA"}
+         "shuffled": "TAGI, shuffled instruction"}
 
 
 def train_and_score(folder: Path, arithmetic: str, seed: int, config: str) -> dict:
@@ -39,8 +38,7 @@ def train_and_score(folder: Path, arithmetic: str, seed: int, config: str) -> di
         launch = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     shared = ["--config", config, "--runs", str(folder), "--seed", str(seed)]
     accumulate = ["--accumulate", str(2 // processes)]                      # the same effective batch
-    for words in (["train_teacher.py", "--stage", "lora"], ["train_teacher.py", "--stage", "lora-all", *accumulate],
-                  ["train_hyper.py", "--stage", "pretrain", *accumulate],
+    for words in (["train_teacher.py", "--stage", "lora"], ["train_hyper.py", "--stage", "pretrain", *accumulate],
                   ["train_hyper.py", "--stage", "finetune", *accumulate]):
         call([*launch, *words, *shared], environment)
     call([PYTHON, "evaluate.py", "--checkpoint", str(folder / "finetune"), "--rows", ROWS, "--cost-repeats", "0"], environment)
@@ -63,13 +61,13 @@ def table(runs: dict, seeds: int) -> str:
              f"Exact match on test tasks, Def / Def + 2 Pos, of {len(runs)} quick starts from the T5 in `assets/`; "
              f"written by `python tests/benchmarks/steady.py --seeds {seeds}`. Processor: {processor()}, torch "
              f"{torch.__version__}.", "",
-             "| arithmetic | seed | TAGI | its share of the baseline's | unseen wording | shuffled instruction | one LoRA for all |",
-             "|---|--:|--:|--:|--:|--:|--:|"]
+             "| arithmetic | seed | TAGI | its share of the baseline's | unseen wording | shuffled instruction |",
+             "|---|--:|--:|--:|--:|--:|"]
     for (arithmetic, seed), s in runs.items():
         right, baseline = s[NAMES["tagi"]], s[NAMES["meta"]]
         share = " / ".join(f"{100 * right[d] / baseline[d]:.1f} %" for d in (0, 2))
         lines.append(f"| {arithmetic} | {seed} | {both(right)} | {share} | {both(s['TAGI, unseen wording'])} | "
-                     f"{both(s[NAMES['shuffled']])} | {both(s[NAMES['one']])} |")
+                     f"{both(s[NAMES['shuffled']])} |")
     rights = np.array([[run[NAMES["tagi"]][d] for d in (0, 2)] for run in runs.values()])
     baselines = np.array([[run[NAMES["meta"]][d] for d in (0, 2)] for run in runs.values()])
     low, high = rights.min(0), rights.max(0)

@@ -71,7 +71,7 @@ def test_a_suite_of_another_seed_is_no_test_of_it(tmp_path, capsys):
     with pytest.raises(SystemExit):
         answer("--checkpoint", str(SHIPPED), "--data", str(tmp_path / "suite"), "--runs", str(tmp_path), "--rows", "tagi")
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"t5-tiny was trained on \d+ of the \d+ test tasks", line), line
+    assert re.search(r"tiny was trained on \d+ of the \d+ test tasks", line), line
 
 
 def test_words_that_it_does_not_know_are_named(capsys):

@@ -125,7 +125,7 @@ def prefixes(weights):
     return {name.partition(".")[0] for name in weights}
 
 
-ALL = {"generator", "fusion", "norm_gains"}
+ALL = {"generator", "fusion", "norm_gains", "embedding_delta"}
 
 
 @pytest.mark.parametrize("flags, terms, parts", [
@@ -143,7 +143,7 @@ ALL = {"generator", "fusion", "norm_gains"}
     (["--kl-teacher=BASE"], {"ce", "kl", "ins"}, ALL),
     (["--standardize-logits"], {"ce", "kl", "ins"}, ALL),
     (["--temperature=3"], {"ce", "kl", "ins"}, ALL),
-    (["--train-embeddings"], {"ce", "kl", "ins"}, ALL | {"embedding_delta"}),
+    (["--no-train-embeddings"], {"ce", "kl", "ins"}, ALL - {"embedding_delta"}),
     (["--no-train-norms"], {"ce", "kl", "ins"}, ALL - {"norm_gains"}),
     (["--no-decoder-fusion"], {"ce", "kl", "ins"}, ALL),
     (["--no-encoder-fusion"], {"ce", "kl", "ins"}, ALL - {"fusion"}),

@@ -176,16 +176,21 @@ class Bench:
         # Another folder holds own tasks, or a copy, perhaps of a part.
         if os.path.realpath(o.data) == os.path.realpath(trained.data):
             common.check_digests(self.training_data(vars(trained)), folder, vars(trained))
-        for folder in (folder, common.llm_of(folder, trained)):
-            path = f"{folder}/training_tasks.json"
-            if o.split == "train" or not os.path.isfile(path):
-                continue
-            with common.named_file(path, "train this stage again"), open(path, encoding="utf-8") as f:
-                known = data.known_tasks(self.tasks, json.load(f))
-            if known:
-                raise common.UserError(
-                    f"{folder} was trained on {len(known)} of the {len(self.tasks)} {o.split} tasks in "
-                    f"{o.data}: {', '.join(known[:3])} …; evaluate it on the data that it is for")
+        if o.split != "train":
+            for model in (folder, common.llm_of(folder, trained)):
+                self.refuse_known_tasks(model)
+
+    def refuse_known_tasks(self, folder):
+        """Raises UserError where the model in this folder was trained on tasks under test, if it left a list of them."""
+        path = f"{folder}/training_tasks.json"
+        if not os.path.isfile(path):
+            return
+        with common.named_file(path, "train this stage again"), open(path, encoding="utf-8") as f:
+            known = data.known_tasks(self.tasks, json.load(f))
+        if known:
+            raise common.UserError(
+                f"{folder} was trained on {len(known)} of the {len(self.tasks)} {self.options.split} tasks in "
+                f"{self.options.data}: {', '.join(known[:3])} …; evaluate it on the data that it is for")
 
     def training_data(self, record):
         """The digest of the training tasks that are there now, made as that in the record was."""

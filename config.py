@@ -54,9 +54,10 @@ def share(text):
 
 def below_1(text):
     """The type of an option: a number from 0 to 1, but not 1."""
-    if share(text) == 1:
+    value = share(text)
+    if value == 1:
         raise argparse.ArgumentTypeError("must be below 1")
-    return share(text)
+    return value
 
 
 positive = at_least(1)

@@ -58,9 +58,9 @@ def call(words: list[str], environment: dict) -> None:
 def table(runs: dict, seeds: int) -> str:
     """runs: (arithmetic, seed) -> what `train_and_score` returns."""
     lines = ["# The same on any machine?", "",
-             f"Exact match on test tasks, Def / Def + 2 Pos, of {len(runs)} quick starts from the T5 in `assets/`; "
-             f"written by `python tests/benchmarks/steady.py --seeds {seeds}`. Processor: {processor()}, torch "
-             f"{torch.__version__}.", "",
+             f"Exact match on test tasks, Def / Def + 2 Pos, of {len(runs)} trainings of LoRA teachers, pretraining "
+             f"and finetuning on the T5 in `assets/`; written by `python tests/benchmarks/steady.py --seeds {seeds}`. "
+             f"Processor: {processor()}, torch {torch.__version__}.", "",
              "| arithmetic | seed | TAGI | its share of the baseline's | unseen wording | shuffled instruction |",
              "|---|--:|--:|--:|--:|--:|"]
     for (arithmetic, seed), s in runs.items():

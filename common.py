@@ -1,11 +1,9 @@
-"""Plumbing that holds no science: errors in one line, processes, run folders, stages, logs."""
+"""Plumbing that holds no science: mistakes in one line, files, processes, run folders, logs."""
 import argparse
 import contextlib
 import datetime
 import functools
-import glob
 import hashlib
-import itertools
 import json
 import os
 import pickle
@@ -23,7 +21,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-SUITE = "data/sample"                           # the built-in suite's folder; written where it is missing
+# ------------------------------------------------------------------------------ mistakes, files
 
 
 class UserError(ValueError):
@@ -32,18 +30,20 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def named_file(path: str, remedy: str, verb: str = "read"):
-    """Within: whatever is wrong with this file or folder becomes a UserError that names it and says what to do."""
+    """Within: whatever is wrong with this file or folder becomes a UserError that names it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, yaml.YAMLError,
-            SafetensorError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError,
+            yaml.YAMLError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
         reason = " ".join(reason.split())[:200]
         raise UserError(f"{path} cannot be {verb}: {reason}; {remedy}") from None
 
 
 def command(main):
-    """Decorator of a script's main(): a UserError ends in one line and exit code 2, everything else keeps its traceback."""
+    """Decorator of a script's main(): a UserError ends in one line and exit code 2."""
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
@@ -58,25 +58,85 @@ def command(main):
 
 
 def read_yaml(path: str, remedy: str) -> dict:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)      # the C one is ten times faster
     with named_file(path, remedy), open(path, encoding="utf-8") as f:
-        values = yaml.load(f, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}     # the C one is ten times faster
+        values = yaml.load(f, loader) or {}
         if not isinstance(values, dict):
             raise ValueError("expected `key: value` lines")
     return values
 
 
-# -------------------------------------------------------------------------------------------------------- processes
+def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
+    """The objects of a JSON-lines file, each with these keys, their values of these types.
 
-def init_processes(options) -> tuple[int, int]:
-    """(rank, world) from torchrun's environment; (0, 1) without it. Nothing to choose: nccl on CUDA, gloo on CPU."""
+    Raises UserError naming file and line for anything else, and for a file without lines.
+    """
+    with named_file(path, remedy), open(path, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {n}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON: {error}; {remedy}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: no JSON object; {remedy}")
+        for key, kind in types.items():
+            if key not in row:
+                raise UserError(f"{where}: no {key}; {remedy}")
+            value = row[key]
+            if not isinstance(value, kind) or (kind is list and not is_texts(value)):
+                name = {str: "text", list: "list of texts"}.get(kind, "number")
+                raise UserError(f"{where}: {key} is {str(value)[:40]}, no {name}; {remedy}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty; {remedy}")
+    return rows
+
+
+def is_texts(value) -> bool:
+    """Whether it is a list of texts, and not empty."""
+    return isinstance(value, list) and value != [] and all(isinstance(x, str) for x in value)
+
+
+def make_folder(folder: str) -> None:
+    with named_file(folder, "choose another folder", "written"):
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()      # a folder that is there may be read-only
+
+
+def write_text(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
+def write_yaml(path: str, values: dict) -> None:
+    _atomically(path, lambda path: write_text(path, yaml.safe_dump(values, sort_keys=False)))
+
+
+def _atomically(path: str, write) -> None:
+    write(path + ".tmp")
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path + ".tmp", 0o666 & ~umask)             # safetensors' files are the owner's alone
+    os.replace(path + ".tmp", path)
+
+
+# ------------------------------------------------------------------------------------ processes
+
+def init_processes(device: str) -> tuple[int, int]:
+    """(rank, world) by torchrun's environment, (0, 1) without it; nccl on CUDA, gloo on CPU."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1
-    if options.device == "cuda":
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        # Ranks with LoRA teachers of their own meet only when all are done.
-        dist.init_process_group("nccl" if options.device == "cuda" else "gloo", timeout=datetime.timedelta(days=30))
+        patience = datetime.timedelta(days=30)          # LoRA teachers: ranks meet at the end
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
     return dist.get_rank(), world
 
 
@@ -88,35 +148,17 @@ def sum_over_ranks(values: list[float], device: str) -> list[float]:
     return total.tolist()
 
 
-def sum_gradients(parameters, size: int = 2 ** 26) -> None:
-    """Add up the ranks' gradients; every loss was already divided by the count over all ranks.
-
-    A message holds the gradients of many parameters, but a copy of about `size` numbers (256 MB) at a time.
-    """
-    if not dist.is_initialized():
-        return
-    parameters = list(parameters)
-    ends = itertools.accumulate(p.numel() for p in parameters)
-    for _, group in itertools.groupby(zip(parameters, ends), key=lambda pair: pair[1] // size):
-        group = [p for p, _ in group]
-        for p in group:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = torch.cat([p.grad.flatten() for p in group])
-        dist.all_reduce(flat)
-        for p, g in zip(group, flat.split([p.numel() for p in group])):
-            p.grad.copy_(g.view_as(p))
-
-
 def wait_for_all_ranks() -> None:
     if dist.is_initialized():
         dist.barrier()
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM asks for a stop; the loop sees it after the step, saves and leaves. A second one kills."""
+    """Ctrl-C or SIGTERM asks for a stop, which the loop sees after its step. A second one kills."""
+
     def __init__(self):
-        self.asked = 0
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.asked, numbers = 0, (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self) for number in numbers}   # -> handler
 
     def __call__(self, number, frame):
         signal.signal(number, signal.SIG_DFL)
@@ -130,36 +172,9 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------------------------ models
+# -------------------------------------------------------------------- digests of what a run read
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def weights_digest(path: str) -> str:
-    """A hash of every weights file in a checkpoint's folder and below; a hub name stands for itself."""
-    if not os.path.isdir(path):
-        return path
-    folder = glob.escape(path)
-    files = glob.glob(f"{folder}/**/*.safetensors", recursive=True) + glob.glob(f"{folder}/*.bin")
-    return files_digest(sorted(files), path)
-
-
-def files_digest(files: list[str], root: str) -> str:
-    """A hash of these files' names below `root` and of their bytes."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            content = hashlib.file_digest(f, "sha256").digest()
-        digest.update(os.path.relpath(file, root).encode() + content)
-    return digest.hexdigest()[:16]
-
-
-def tokenizer_digest(tokenizer) -> str:
-    return digest(repr(sorted(tokenizer.get_vocab().items())))
-
-
-# What a stage read, as its config.yaml has it -> what is said where a run reads another.
+# Key in a run's config.yaml -> what is said where another run reads something else.
 DIGESTS = {
     "data_digest": "the training tasks in {data} are not those that {folder} was trained on",
     "text_digest": "the plain text in {text} is not that which {folder} was trained on",
@@ -167,238 +182,230 @@ DIGESTS = {
 }
 
 
-def check_digests(options, folder: str, record: dict, keys=tuple(DIGESTS)) -> None:
-    """Raises UserError where `folder`, of this config.yaml, read something else than options' run.
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    What one of the two does not know (a run of earlier code, files that are gone) is not compared.
+
+def files_digest(files: list[str], root: str) -> str:
+    """A hash of these files' names below `root` and of their bytes."""
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            content = hashlib.file_digest(f, "sha256").digest()
+        total.update(os.path.relpath(file, root).encode() + content)
+    return total.hexdigest()[:16]
+
+
+def check_digests(found: dict, folder: str, record: dict, keys=tuple(DIGESTS)) -> None:
+    """Raises UserError where `folder`, with the config.yaml `record`, read something else.
+
+    found: options and digests of the run that asks. What one of the two lacks is not compared.
     """
     for key in keys:
-        now, then = getattr(options, key, None), record.get(key)
+        now, then = found.get(key), record.get(key)
         if None not in (now, then) and now != then:
-            said = DIGESTS[key].format(**vars(options) | {"folder": folder})
-            raise UserError(f"{said}; train it again with --fresh, or put back what it read")
+            problem = DIGESTS[key].format(**found | {"folder": folder})
+            raise UserError(f"{problem}; train it again with --fresh, or put back what it read")
 
 
 def check_fingerprint(found: str, expected: str, folder: str, llm_path: str) -> None:
     if found != expected:
-        raise UserError(f"{folder} was trained on another LLM than the one in {llm_path} now; train it again or "
-                        "restore the model it was trained on")
+        raise UserError(f"{folder} was trained on another LLM than the one in {llm_path} now; "
+                        "train it again or restore the model it was trained on")
 
 
-def llm_path(options) -> str:
-    """Where the frozen LLM is: --llm base|meta|PATH. Raises UserError naming the command that makes it."""
-    return {"base": base_path, "meta": meta_path}.get(options.llm, lambda options: options.llm)(options)
+# ---------------------------------------------------------------------------------- checkpoints
 
+def save_checkpoint(folder: str, record: dict, weights: dict, optimizer=None, step: int = 0,
+                    finished: bool = False) -> None:
+    """Write model.safetensors, optimizer.pt where there is one, and config.yaml, each atomically.
 
-def llm_of(folder: str, options) -> str:
-    """Where the frozen LLM of the TAGI in `folder` is, by its options."""
-    return os.path.normpath(os.path.join(folder, options.llm_path)) if options.llm_is_relative else options.llm_path
-
-
-def base_path(options) -> str:
-    return finished_stage(options, "base") if options.model == "tiny" else options.model
-
-
-def meta_path(options) -> str:
-    return options.meta_model or finished_stage(options, "meta")
-
-
-def finished_stage(options, stage: str) -> str:
-    folder = os.path.join(options.runs, stage)
-    if not is_finished(folder):
-        raise UserError(f"{folder} is not there or not finished; first run "
-                        f"python train_teacher.py --stage {stage}{config_flag(options)}")
-    record = read_yaml(f"{folder}/config.yaml", "train this stage again")
-    check_digests(options, folder, record, ["data_digest"])     # stages may read other texts
-    return folder
-
-
-def config_flag(options) -> str:
-    return "" if options.config == "configs/sample.yaml" else f" --config {options.config}"
-
-
-# ------------------------------------------------------------------------------------------------------- run folders
-
-def make_folder(folder: str) -> None:
-    with named_file(folder, "choose another folder", "written"):
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()                          # a folder that is there may be read-only
-
-
-def _atomically(path: str, write) -> None:
-    write(path + ".tmp")
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path + ".tmp", 0o666 & ~umask)                                 # safetensors' files are the owner's alone
-    os.replace(path + ".tmp", path)
-
-
-def save_checkpoint(folder: str, options, weights: dict, optimizer=None, step: int = 0, finished: bool = False) -> None:
-    """model.safetensors (trainable weights), optimizer.pt where there is one, config.yaml; each replaced atomically.
-
-    A finished stage keeps its optimizer too, so that it can be trained further; `finished` in config.yaml says it is done.
+    record: options and what the run found out; weights: what was trained, {name: tensor}.
     """
     make_folder(folder)
     tensors = {name: p.detach().contiguous().cpu() for name, p in weights.items()}
-    metadata = {"format": "pt", "step": str(step), "targets": options.targets}
+    metadata = {"format": "pt", "step": str(step), "targets": record["targets"]}
     _atomically(f"{folder}/model.safetensors", lambda path: save_file(tensors, path, metadata))
     if optimizer is not None:
         state = {"optimizer": optimizer.state_dict(), "step": step}
         _atomically(f"{folder}/optimizer.pt", lambda path: torch.save(state, path))
-    record = {**vars(options), "step": step, "finished": finished, "versions": versions()}
-    write_yaml(f"{folder}/config.yaml", record)
-
-
-def write_yaml(path: str, values: dict) -> None:
-    _atomically(path, lambda path: write_text(path, yaml.safe_dump(values, sort_keys=False)))
-
-
-def write_text(path, text):
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
+    last = {"step": step, "finished": finished, "versions": versions()}
+    write_yaml(f"{folder}/config.yaml", {**record, **last})
 
 
 def load_options(folder: str, needs: str = "finished") -> argparse.Namespace:
-    """A checkpoint's config.yaml. Raises UserError where it cannot be read or lacks the key that this use needs."""
+    """A checkpoint's config.yaml. Raises UserError where it lacks the key that this use needs."""
     path = f"{folder}/config.yaml"
     values = read_yaml(path, "it is no checkpoint, or damaged: train it again")
     if needs not in values:
-        raise UserError(f"{path} has no {needs}: another kind of run, or damaged; name another, or train it again")
+        raise UserError(f"{path} has no {needs}: another kind of run, or damaged; name another, "
+                        "or train it again")
+    # Earlier code had a switch for the generator and one for each part of fusion.
+    if values.get("hypernetwork") is False:
+        values["generator"] = "none"
+    if "encoder_fusion" in values:
+        parts = (values["encoder_fusion"], values["decoder_fusion"])
+        names = {(True, True): "both", (True, False): "encoder", (False, True): "decoder"}
+        values["fusion"] = names.get(parts, "none")
     return argparse.Namespace(**values)
 
 
 def is_finished(folder: str) -> bool:
-    return bool(os.path.isfile(f"{folder}/config.yaml")
-                and read_yaml(f"{folder}/config.yaml", "train this stage again").get("finished"))
+    path = f"{folder}/config.yaml"
+    return os.path.isfile(path) and bool(read_yaml(path, "train this stage again").get("finished"))
 
 
 def load_weights(parameters: dict, folder: str, strict: bool = True) -> dict:
-    """Fill `parameters` from model.safetensors, all of them and nothing else; returns the file's metadata.
+    """Fill `parameters` from model.safetensors, all of them and nothing else; its metadata.
 
-    strict=False fills those that the file holds too.
+    strict=False fills those that the file holds too. Raises UserError where names or shapes differ.
     """
     path = f"{folder}/model.safetensors"
     with named_file(path, "train this stage again with --fresh, or restore the file"):
         saved = load_file(path)
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
-    for name in sorted(saved.keys() | parameters.keys() if strict else saved.keys() & parameters.keys()):
-        have, want = (tuple(d[name].shape) if name in d else "absent" for d in (saved, parameters))
-        if have != want:
-            raise UserError(f"{path} does not fit this model and its options: {name} is {have} there, {want} here; use "
-                            "the model, rank, targets and generator it was trained with")
+    both = saved.keys() & parameters.keys()
+    for name in sorted(saved.keys() | parameters.keys() if strict else both):
+        there = tuple(saved[name].shape) if name in saved else "absent"
+        here = tuple(parameters[name].shape) if name in parameters else "absent"
+        if there != here:
+            raise UserError(f"{path} does not fit this model and its options: {name} is {there} "
+                            f"there, {here} here; use the model, rank, targets and generator it "
+                            "was trained with")
     with torch.no_grad():
-        for name in parameters.keys() & saved.keys():
+        for name in both:
             parameters[name].copy_(saved[name])
     return metadata
 
 
-# ------------------------------------------------------------------------------------------------------------ stages
-
-# What may differ between the runs that make up a stage: it does not change the result, or is not the user's to give.
-IGNORED = ("config", "fresh", "stages", "device", "threads", "save_every", "log_every", "stage",
-           "runs", "teachers_at_once", "processes")
-
-
-def run_stage(folder: str, options, rank: int, world: int, stage, digest_of_data,
-              ranks_share_a_batch: bool = True) -> None:
-    """Run a stage unless it is done; rank 0 says what runs, with which effective batch.
-
-    digest_of_data: options -> a hash of what the stage reads, by its key in DIGESTS.
-    """
-    write_suite(options, rank)
-    wait_for_all_ranks()                                                    # rank 0 may still be saving the stage before
-    options.processes = world
-    vars(options).update(digest_of_data(options))
-    if skip_finished(folder, options, rank == 0):
-        return
-    if ranks_share_a_batch:
-        check_processes(folder, options)
-    if rank == 0:
-        batch, ranks = options.tasks * options.instances * options.accumulate, ""
-        if ranks_share_a_batch:
-            batch, ranks = batch * world, f"{world} ranks x "
-        print(f"{folder}: {options.steps} steps, effective batch {batch} = {ranks}{options.tasks} tasks x "
-              f"{options.instances} instances x {options.accumulate} micro-batches, seed {options.seed}, {versions()}")
-    stage(options, rank, world)
-
-
-def write_suite(options, rank: int = 0) -> None:
-    """Write the built-in suite where its default folder is asked for and not there."""
-    if rank == 0 and options.data == SUITE and not os.path.isdir(SUITE):
-        import sample
-        print("writing the built-in suite:", end=" ", flush=True)
-        sample.write_suite(SUITE, seed=0)
-
-
-def skip_finished(folder: str, options, print_it: bool) -> bool:
-    """True where this stage is done with these options. Raises UserError where a run with other options is there."""
-    if options.fresh or not os.path.isfile(f"{folder}/config.yaml"):
-        return False
-    old = vars(load_options(folder))
-    for key, value in vars(options).items():
-        if key not in IGNORED and key not in DIGESTS and old.get(key, value) != value:
-            raise UserError(f"{folder} holds a run with --{key.replace('_', '-')} {old[key]}, not {value}; start over with "
-                            "--fresh, or keep it and choose another folder with --runs")
-    check_digests(options, folder, old)
-    if old["finished"] and print_it:
-        print(f"{folder}: finished at step {old['step']}, nothing to do (--fresh starts over)")
-    return bool(old["finished"])
-
-
-def check_processes(folder: str, options) -> None:
-    """Raises UserError where an unfinished run had another number of processes, so another batch.
-
-    A config.yaml from before that number was recorded is taken as it is.
-    """
-    if options.fresh or not os.path.isfile(f"{folder}/config.yaml"):
-        return
-    old, new = vars(load_options(folder)).get("processes", options.processes), options.processes
-    if old != new:
-        micros = old * options.accumulate
-        same = f" --accumulate {micros // new} (the same batch)" if micros % new == 0 else ""
-        raise UserError(f"{folder} holds an unfinished run of {old} processes, not {new}: the "
-                        f"batch would change; go on with {old} (torchrun --nproc-per-node {old}), "
-                        f"or start over with --fresh{same}")
-
-
-def resume(folder: str, options, parameters: dict, optimizer) -> int:
-    """The step to go on from: 0 on a fresh run. Fills parameters and optimizer from an unfinished run's checkpoint."""
-    if options.fresh or not os.path.isfile(f"{folder}/config.yaml"):
+def resume(folder: str, fresh: bool, parameters: dict, optimizer) -> int:
+    """The step to go on from, parameters and optimizer filled; 0 where there is no run yet."""
+    if fresh or not os.path.isfile(f"{folder}/config.yaml"):
         return 0
-    step, path = int(load_weights(parameters, folder)["step"]), f"{folder}/optimizer.pt"
+    step = int(load_weights(parameters, folder)["step"])
+    path = f"{folder}/optimizer.pt"
     with named_file(path, "start over with --fresh"):
         state = torch.load(path, weights_only=True, map_location="cpu")
     if state["step"] != step:
         raise UserError(f"{folder} was cut off while it was being written; start over with --fresh")
-    optimizer.load_state_dict(in_groups_of(optimizer, state["optimizer"]))
+    optimizer.load_state_dict(state["optimizer"])
     return step
 
 
-def in_groups_of(optimizer, state: dict) -> dict:
-    """A saved state, with this optimizer's groups.
+def versions() -> dict:
+    import transformers
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "transformers": transformers.__version__, "git": commit.stdout.strip() or "none"}
 
-    Runs made before the student's gains had a group of their own have them at the end of the only
-    one, so that every parameter has the same number.
+
+# ------------------------------------------------------------------------------------------ runs
+
+# What may differ between the runs that make up a stage: it does not change the result.
+IGNORED = ("config", "fresh", "device", "save_every", "stage", "runs", "teachers_at_once")
+
+
+class Run:
+    """One stage in its folder: whether it is done, where it goes on, its log, its checkpoints.
+
+    A script calls Run(...), resume, begin, after each step after_step, and at last end. digests: of
+    what the stage reads. Raises UserError where a run with other options or data is there.
     """
-    if "parts" in state:
-        pairs = zip(optimizer.parts, state["parts"], strict=True)
-        return {"parts": [in_groups_of(part, its) for part, its in pairs]}
-    return {**state, "param_groups": optimizer.state_dict()["param_groups"]}
 
+    def __init__(self, folder: str, options, rank: int, world: int, digests: dict,
+                 ranks_share_a_batch: bool = True):
+        self.folder, self.options, self.rank, self.world = folder, options, rank, world
+        self.found = {"processes": world} | digests     # beside options; both go to config.yaml
+        self.start = 0
+        self.finished = self._is_done()
+        if self.finished:
+            return
+        batch, ranks = options.tasks * options.instances * options.accumulate, ""
+        if ranks_share_a_batch:
+            self._check_processes()
+            batch, ranks = batch * world, f"{world} ranks x "
+        if rank == 0:
+            print(f"{folder}: {options.steps} steps, effective batch {batch} = {ranks}"
+                  f"{options.tasks} tasks x {options.instances} instances x {options.accumulate} "
+                  f"micro-batches, seed {options.seed}, {versions()}")
 
-def begin(folder: str, options, rank: int) -> None:
-    """Just before the first step, all that the stage needs having been read: only here --fresh removes the old run."""
-    if not options.fresh and os.path.isfile(f"{folder}/config.yaml"):
-        check_digests(options, folder, vars(load_options(folder)))
-        if "llm_fingerprint" in options:
-            before = load_options(folder, "llm_fingerprint").llm_fingerprint
-            check_fingerprint(options.llm_fingerprint, before, folder, llm_path(options))
-    if rank == 0:
-        if options.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        make_folder(folder)
-    wait_for_all_ranks()
+    def _before(self) -> dict | None:
+        """The config.yaml of the run that is to be gone on with."""
+        if self.options.fresh or not os.path.isfile(f"{self.folder}/config.yaml"):
+            return None
+        return vars(load_options(self.folder))
+
+    def _is_done(self) -> bool:
+        before = self._before()
+        if before is None:
+            return False
+        for key, value in vars(self.options).items():
+            if key not in IGNORED and before.get(key, value) != value:
+                raise UserError(f"{self.folder} holds a run with --{key.replace('_', '-')} "
+                                f"{before[key]}, not {value}; start over with --fresh, or keep it "
+                                "and choose another folder with --runs")
+        check_digests(vars(self.options) | self.found, self.folder, before)
+        if before["finished"] and self.rank == 0:
+            print(f"{self.folder}: finished at step {before['step']}, nothing to do "
+                  "(--fresh starts over)")
+        return bool(before["finished"])
+
+    def _check_processes(self) -> None:
+        """Another number of processes would be another batch."""
+        before = self._before() or {}
+        old, new = before.get("processes", self.world), self.world
+        if old != new:
+            micros, same = old * self.options.accumulate, ""
+            if micros % new == 0:
+                same = f" --accumulate {micros // new} (the same batch)"
+            raise UserError(f"{self.folder} holds an unfinished run of {old} processes, not {new}: "
+                            f"the batch would change; go on with {old} (torchrun --nproc-per-node "
+                            f"{old}), or start over with --fresh{same}")
+
+    def record(self) -> dict:
+        return vars(self.options) | self.found
+
+    def resume(self, parameters: dict, optimizer) -> int:
+        """The step to go on from; parameters and optimizer are filled from the checkpoint there."""
+        self.start = resume(self.folder, self.options.fresh, parameters, optimizer)
+        return self.start
+
+    def begin(self, llm_path: str | None = None, log: bool = True) -> None:
+        """Just before the first step, when all is read: only here --fresh removes the old run.
+
+        Raises UserError where the run to go on with is of another LLM.
+        """
+        before = self._before()
+        if before is not None:
+            check_digests(self.record(), self.folder, before)
+            if "llm_fingerprint" in self.found:
+                before = load_options(self.folder, "llm_fingerprint").llm_fingerprint
+                check_fingerprint(self.found["llm_fingerprint"], before, self.folder, llm_path)
+        if self.rank == 0 and self.options.fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.rank == 0:
+            make_folder(self.folder)
+        wait_for_all_ranks()
+        self.stop = StopSignal()
+        if log:
+            self.log = Log(self.folder, self.options, self.start, self.rank)
+
+    def after_step(self, step: int, lr: float, terms: dict, stopping: bool, save) -> None:
+        """Log this step, counted from 1; save, with save(step, finished), when that is due; leave
+        where a rank was asked to stop."""
+        self.log(step, lr, terms)
+        finished = step == self.options.steps
+        due = finished or stopping or step % self.options.save_every == 0
+        if due and self.rank == 0:
+            save(step, finished)
+        if stopping and not finished:
+            leave(self.folder, step, self.log)
+
+    def end(self) -> None:
+        self.log.close()
+        self.stop.leave_if_asked(self.options.device)
 
 
 def leave(folder: str, step: int, log) -> None:
@@ -408,30 +415,24 @@ def leave(folder: str, step: int, log) -> None:
     sys.exit(130)
 
 
-def versions() -> dict:
-    import transformers
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=os.path.dirname(os.path.abspath(__file__)))
-    return {"python": platform.python_version(), "torch": str(torch.__version__),
-            "transformers": transformers.__version__, "git": commit.stdout.strip() or "none"}
-
-
 class Log:
-    """A progress bar and log.jsonl of one stage, on rank 0 only.
+    """A progress bar and log.jsonl of one stage, a line for 20 steps or fewer, on rank 0 only.
 
-    summed: the terms are shares of the ranks, which are added up; then every rank has to call this at every step.
+    summed: the terms are shares of the ranks, which are added up; every rank has to call it then.
     """
+
     def __init__(self, folder: str, options, start: int, rank: int, summed: bool = True):
         from tqdm import tqdm
-        self.rank, self.every, self.steps, self.t = rank, options.log_every, options.steps, time.time()
+        self.rank, self.steps, self.begun = rank, options.steps, time.time()
+        self.every = max(1, min(20, options.steps // 100))
         self.summed, self.device = summed, options.device
-        self.bar = tqdm(total=options.steps, initial=start, desc=os.path.basename(folder), disable=rank > 0,
-                        mininterval=2, dynamic_ncols=True, file=sys.stdout)
+        self.bar = tqdm(total=options.steps, initial=start, desc=os.path.basename(folder),
+                        disable=rank > 0, mininterval=2, dynamic_ncols=True, file=sys.stdout)
         if rank == 0:
             self.file = open(f"{folder}/log.jsonl", "a", buffering=1)
 
     def __call__(self, step: int, lr: float, terms: dict) -> None:
-        """terms: detached tensors of this step; read (and so synchronised) only every log_every steps."""
+        """terms: {name: detached tensor}, read (and so synchronised) only at the steps logged."""
         self.bar.update(1)
         if step % self.every and step != self.steps:
             return
@@ -439,9 +440,10 @@ class Log:
         if self.summed:
             values = sum_over_ranks(values, self.device)
         if self.rank == 0:
-            values = {k: float(f"{v:.5g}") for k, v in zip(terms, values)}
+            values = {name: float(f"{v:.5g}") for name, v in zip(terms, values)}
             self.bar.set_postfix(values)
-            self.file.write(json.dumps({"step": step, "lr": lr, **values, "seconds": round(time.time() - self.t, 2)}) + "\n")
+            line = {"step": step, "lr": lr, **values, "seconds": round(time.time() - self.begun, 2)}
+            self.file.write(json.dumps(line) + "\n")
 
     def close(self):
         self.bar.close()

@@ -1,4 +1,4 @@
-"""Options of the scripts: the command line over a YAML file over the defaults, one set of types and error lines for all."""
+"""Options: the command line over a YAML file over the defaults; and the optimizer they name."""
 import argparse
 import difflib
 import math
@@ -6,25 +6,31 @@ import os
 import sys
 
 import torch
+import torch.distributed as dist
 
 import common
 
-# What a config file may hold beside options.
+# What a config file may hold beside options: one section for each stage, with its options.
 SECTIONS = ("base", "meta", "lora", "lora_all", "pretrain", "finetune", "evaluate")
 
 
 class Parser(argparse.ArgumentParser):
-    where = ""                                  # the file whose values are being parsed, for the error line
+    where = ""                                  # the file whose values are parsed, for error lines
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
 
     def error(self, message):
         raise common.UserError(f"{self.where}{message} (--help lists the options)")
 
-    def known(self):
-        return {s[2:] for a in self._actions for s in a.option_strings if s.startswith("--") and s != "--help"}
+    def known(self) -> set[str]:
+        """The options' names, without dashes in front."""
+        names = {name for action in self._actions for name in action.option_strings}
+        return {name[2:] for name in names if name.startswith("--")} - {"help"}
 
+
+# ------------------------------------------------------------------------------- types of options
 
 def at_least(least, kind=int):
     """The type of an option: a number no smaller than `least`."""
@@ -53,7 +59,7 @@ def share(text):
 
 
 def below_1(text):
-    """The type of an option: a number from 0 to 1, but not 1."""
+    """The type of an option: a number from 0 to 1, and not 1."""
     value = share(text)
     if value == 1:
         raise argparse.ArgumentTypeError("must be below 1")
@@ -64,118 +70,154 @@ positive = at_least(1)
 flag = {"action": argparse.BooleanOptionalAction}                           # --x and --no-x
 
 
+# ------------------------------------------------------------------------------- options of all
+
 def add_shared_options(parser: Parser) -> None:
-    """The options that every script has and that may stand at the top level of a config file."""
-    g = parser.add_argument_group("run")
-    g.add_argument("--config", default="configs/sample.yaml", help="YAML file of options; the command line goes before it")
-    g.add_argument("--runs", default="runs/sample", help="folder that holds one folder per stage")
-    g.add_argument("--seed", type=at_least(0), default=0)
-    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    g.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16: frozen LLM in bf16, autocast")
-    g.add_argument("--threads", type=at_least(0), default=0, help="CPU threads; 0: PyTorch's default")
-    g.add_argument("--fresh", default=False, help="start over instead of resuming or skipping what is done", **flag)
-    g.add_argument("--stages", default="base,meta,lora", help="train_teacher.py's stages, in order")
-    g = parser.add_argument_group("data")
-    g.add_argument("--data", default=common.SUITE, help="a folder in Super-NaturalInstructions' layout, or with P3's data")
-    g.add_argument("--format", default="sni", choices=["sni", "p3"], help="what --data holds, and how texts are written")
-    g.add_argument("--p3-input", default="fields", choices=["fields", "prompt"], help="what the student reads of a row: the "
-                   "fields that the prompt shows, or the rendered prompt")
-    g.add_argument("--max-instances", type=positive, default=100, help="instances per training task")
-    g.add_argument("--categories", type=at_least(0), default=0,
-                   help="train on the N categories with most tasks (the paper: 6, 15, 30, 60); 0: on all")
-    g.add_argument("--allow-missing", default=False, help="go on without the tasks of a split whose files are absent", **flag)
-    g.add_argument("--demos", default="0", choices=["0", "2", "mixed"],
-                   help="demonstrations beside the definition; mixed: 2 in every other step, drawn, else 0")
-    g.add_argument("--vary-demos", default=False, help="train with demonstrations drawn from the task's instances instead "
-                   "of its first positive examples", **flag)
-    g.add_argument("--max-instruction", type=positive, default=1024, help="tokens of an instruction with demonstrations")
-    g.add_argument("--max-input", type=positive, default=1024, help="tokens of an input, with instruction where it is read")
-    g.add_argument("--max-output", type=positive, default=128, help="tokens of an output")
-    g = parser.add_argument_group("models")
-    g.add_argument("--model", default="tiny", help="a T5-family checkpoint (T5, ByT5, mT5, umT5, LongT5) by name or "
-                   "folder, or `tiny`: trained here")
-    g.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"], help="Transformers' attention code in the LLM; "
-                   "eager is faster for short texts on a CPU, and LongT5 has no other")
-    g.add_argument("--llm", default="meta", help="the frozen LLM under teachers and student: base (--model itself), "
-                   "meta (after train_teacher.py --stage meta) or a checkpoint")
-    g.add_argument("--meta-model", help="a checkpoint that is meta-trained already, such as a Tk-Instruct, instead of the "
-                   "stage meta's")
-    g.add_argument("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
-    g.add_argument("--rank", type=positive, default=32, help="LoRA rank r")
-    g.add_argument("--alpha", type=finite, default=32.0, help="LoRA alpha; the update is scaled by alpha / r")
-    g.add_argument("--unit", default="category", choices=["category", "task", "all"], help="what one LoRA teacher is for")
+    """The options of every script, which may stand at the top level of a config file."""
+    add = parser.add_argument_group("run").add_argument
+    add("--config", default="configs/sample.yaml",
+        help="YAML file of options; those of the command line go before it")
+    add("--runs", default="runs/sample", help="folder that holds one folder for each stage")
+    add("--seed", type=at_least(0), default=0, help="everything random follows from it")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"],
+        help="auto: the GPU where there is one")
+    add("--precision", default="fp32", choices=["fp32", "bf16"],
+        help="bf16: the frozen LLM is held in bf16, and autocast computes in it")
+    add("--fresh", default=False, **flag,
+        help="start over instead of resuming, or skipping what is done")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="data/sample",
+        help="folder in Super-NaturalInstructions' layout, or with P3's data")
+    add("--format", default="sni", choices=["sni", "p3"],
+        help="what --data holds, and how texts are written")
+    add("--p3-input", default="fields", choices=["fields", "prompt"],
+        help="what the student reads of a P3 row: the fields that its prompt shows, or the prompt")
+    add("--max-instances", type=positive, default=100,
+        help="instances of each training task that are trained on")
+    add("--categories", type=at_least(0), default=0,
+        help="train on the N categories with most tasks (the paper: 6, 15, 30, 60); 0: on all")
+    add("--allow-missing", default=False, **flag,
+        help="go on without those tasks of a split whose files are absent")
+    add("--demos", default="0", choices=["0", "2", "mixed"],
+        help="demonstrations beside the definition; mixed: none in half of the steps, else 2")
+    add("--vary-demos", default=False, **flag,
+        help="draw demonstrations from the task's instances, not its first positive examples")
+    add("--max-instruction", type=positive, default=1024,
+        help="tokens of an instruction with its demonstrations, at most")
+    add("--max-input", type=positive, default=1024,
+        help="tokens of an input, at most, the instruction included where it is read with it")
+    add("--max-output", type=positive, default=128, help="tokens of an output, at most")
+
+    add = parser.add_argument_group("models").add_argument
+    add("--model", default="tiny",
+        help="T5-family checkpoint (T5, ByT5, mT5, umT5, LongT5) by name or folder; tiny: a small "
+             "one that stage base trains from nothing")
+    add("--attention", default="sdpa", choices=["sdpa", "eager"],
+        help="Transformers' attention code; eager is faster for short texts on a CPU, and LongT5 "
+             "has no other")
+    add("--llm", default="meta",
+        help="the frozen LLM under teachers and student: base (--model itself), meta (what stage "
+             "meta made of it) or a checkpoint")
+    add("--meta-model",
+        help="checkpoint that is meta-trained already (a Tk-Instruct, say), in place of stage meta")
+    add("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
+    add("--rank", type=positive, default=32, help="LoRA rank r")
+    add("--alpha", type=finite, default=32.0, help="LoRA alpha; updates are scaled by alpha / r")
+    add("--unit", default="category", choices=["category", "task", "all"],
+        help="what there is one LoRA teacher for")
 
 
-def add_training_options(parser: Parser, steps: int) -> None:
-    g = parser.add_argument_group("training")
-    g.add_argument("--steps", type=positive, default=steps)
-    g.add_argument("--tasks", type=positive, default=8, help="tasks in a micro-batch of one rank")
-    g.add_argument("--instances", type=positive, default=1, help="instances of each of these tasks")
-    g.add_argument("--balance", default="tasks", choices=["tasks", "categories"],
-                   help="categories: each is drawn as often as any other, whatever its number of tasks (lora-all, finetune)")
-    g.add_argument("--accumulate", type=positive, default=1, help="micro-batches per step and rank")
-    g.add_argument("--bucket-steps", type=at_least(0), default=0, help="sort the texts of so many steps by length and deal them "
-                   "out again, for less padding; 1: each step's own into its micro-batches; 0: as drawn")
-    g.add_argument("--optimizer", default="adamw", choices=["adamw", "adafactor", "muon"],
-                   help="muon: Muon for matrices, AdamW for the rest; far fewer steps for a model made from nothing")
-    g.add_argument("--lr", type=at_least(0, finite), default=1e-4)
-    g.add_argument("--schedule", default="linear", choices=["linear", "cosine", "constant"])
-    g.add_argument("--warmup", type=share, default=0.02, help="share of the steps")
-    g.add_argument("--restart", type=below_1, default=0,
-                   help="share of the steps after which the schedule starts anew")
-    g.add_argument("--weight-decay", type=at_least(0, finite), default=0.01)
-    g.add_argument("--beta2", type=below_1, default=0.999)
-    g.add_argument("--clip", type=at_least(0, finite), default=1.0,
-                   help="largest gradient norm; 0: no clipping (stage lora has none)")
-    g.add_argument("--checkpointing", default=False, help="gradient checkpointing: each block of the LLM runs again in the "
-                   "backward pass, for less memory", **flag)
-    g.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
-    g.add_argument("--log-every", type=positive, default=20)
+def add_training_options(parser: Parser, stages: list[str], steps: int, text_length: int) -> None:
+    """The options of both training scripts; steps and text_length are defaults."""
+    add = parser.add_argument_group("stage").add_argument
+    add("--stage", choices=stages, help="which stage to train")
+    add("--name", help="folder under --runs; default: the stage's name")
+    add("--text", help="plain text for base and pretrain: one document a line, or JSON lines with "
+                       "a text; default: corpus.txt in --data")
+    add("--text-length", type=at_least(3), default=text_length,
+        help="tokens of a document that are used at a time")
+
+    add = parser.add_argument_group("batches").add_argument
+    add("--steps", type=positive, default=steps, help="optimizer steps")
+    add("--tasks", type=positive, default=8, help="tasks in a micro-batch of one process")
+    add("--instances", type=positive, default=1, help="instances of each of these tasks")
+    add("--accumulate", type=positive, default=1, help="micro-batches in a step of one process")
+    add("--balance", default="tasks", choices=["tasks", "categories"],
+        help="what is drawn equally often; categories: whatever their number of tasks (lora-all, "
+             "finetune)")
+    add("--bucket-steps", type=at_least(0), default=0,
+        help="sort the texts of so many steps by length, for less padding; 1: each step's own "
+             "among its micro-batches; 0: as drawn")
+    add("--checkpointing", default=False, **flag,
+        help="gradient checkpointing: less memory, as each block of the LLM runs twice")
+    add("--save-every", type=positive, default=1000, help="steps between checkpoints")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", default="adamw", choices=["adamw", "adafactor", "muon"],
+        help="muon: Muon for matrices, AdamW for the rest")
+    add("--lr", type=at_least(0, finite), default=1e-4, help="largest learning rate")
+    add("--schedule", default="linear", choices=["linear", "cosine", "constant"],
+        help="of the learning rate after warm-up")
+    add("--warmup", type=share, default=0.02, help="share of the steps with a rising rate")
+    add("--weight-decay", type=at_least(0, finite), default=0.01, help="decoupled, as in AdamW")
+    add("--beta2", type=below_1, default=0.999, help="AdamW's second decay rate")
+    add("--clip", type=at_least(0, finite), default=1.0,
+        help="largest gradient norm; 0: no clipping (stage lora has none)")
 
 
 def parse(parser: Parser, section: str, argv=None) -> argparse.Namespace:
-    """Options of one stage: the command line, before the config's section, before its top level, before the defaults.
+    """Options of one stage: command line, config's section, config's top level, defaults.
 
-    The file's values become words of a command line, so they pass through the same types and choices.
+    The file's values become words of a command line, and so pass the same types and choices.
     """
     argv = sys.argv[1:] if argv is None else argv
-    early, rest = parser.parse_known_args(argv)                             # --help, the line's own mistakes, which config
+    early, rest = parser.parse_known_args(argv)     # --help, the line's own mistakes, which config
     if rest:
         name = rest[0].partition("=")[0].lstrip("-")
         raise common.UserError(f"unknown option {rest[0]}" + closest(name, parser.known(), "--"))
-    config, top = common.read_yaml(early.config, "name an existing config with --config"), Parser("")
+    config = read_config(early.config)
+    top = Parser("")
     add_shared_options(top)
-    if early.config == parser.get_default("config"):                        # a checkpoint knows its data, models, limits
-        config = recorded(getattr(early, "checkpoint", None), top.known()) or config
-    for name in SECTIONS:
-        if not isinstance(config.setdefault(name, None) or {}, dict):
-            raise common.UserError(f"{early.config}: {name} is a stage's section; expected `key: value` lines below it")
+    checkpoint = getattr(early, "checkpoint", None)
+    if checkpoint and early.config == parser.get_default("config"):
+        config = recorded(checkpoint, top.known()) or config
     options = argparse.Namespace()
-    for where, values, allowed in (
-            (early.config, {k: v for k, v in config.items() if k not in SECTIONS}, top.known()),
-            (f"{early.config}, {section}", config[section] or {}, parser.known())):
-        parser.where = where + ": "
-        parser.parse_args(words_of(values, allowed, parser.where), options)
+    shared = {key: value for key, value in config.items() if key not in SECTIONS}
+    of_stage = config.get(section) or {}
+    for where, values, allowed in ((f"{early.config}: ", shared, top.known()),
+                                   (f"{early.config}, {section}: ", of_stage, parser.known())):
+        parser.where = where
+        parser.parse_args(words_of(values, allowed, where), options)
     parser.where = ""
     parser.parse_args(argv, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise common.UserError("--device cuda: PyTorch finds no GPU here; use --device cpu or auto")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.threads:
-        torch.set_num_threads(options.threads)
     if "text" in options and options.text is None:
         options.text = os.path.join(options.data, "corpus.txt")
     return options
 
 
-def recorded(checkpoint: str | None, known: set) -> dict:
-    """The shared options that a checkpoint's run had, but for what is not about its result; {} where there is none."""
-    if checkpoint is None or not os.path.isfile(f"{checkpoint}/config.yaml"):
+def read_config(path: str) -> dict:
+    """A config file. Raises UserError where a stage's section is none."""
+    config = common.read_yaml(path, "name an existing config with --config")
+    for name in SECTIONS:
+        if not isinstance(config.get(name) or {}, dict):
+            raise common.UserError(f"{path}: {name} is a stage's section; expected `key: value` "
+                                   "lines below it")
+    return config
+
+
+def recorded(checkpoint: str, known: set) -> dict:
+    """The shared options of a checkpoint's run that are about its result; {} where it is none."""
+    if not os.path.isfile(f"{checkpoint}/config.yaml"):
         return {}
-    record = vars(common.load_options(checkpoint))
-    own = {key: value for key, value in record.items()
-           if key.replace("_", "-") in known and key not in ("fresh", "device", "threads", "seed")}
+    own = {}
+    for key, value in vars(common.load_options(checkpoint)).items():
+        if key.replace("_", "-") in known - {"fresh", "device", "seed"}:
+            own[key] = value
     return own | {"runs": os.path.normpath(f"{checkpoint}/..")}     # where it is now, moved or not
 
 
@@ -185,14 +227,171 @@ def words_of(values: dict, allowed: set, where: str) -> list[str]:
     for key, value in values.items():
         name = str(key).replace("_", "-")
         if name not in allowed:
-            raise common.UserError(f"{where}unknown key '{key}'" + closest(name, allowed | set(SECTIONS)))
+            near = closest(name, allowed | set(SECTIONS))
+            raise common.UserError(f"{where}unknown key '{key}'" + near)
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            words.append(f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+            words.append(f"--{name}={value}")
     return words
 
 
 def closest(name: str, allowed, prefix: str = "") -> str:
     close = difflib.get_close_matches(name, allowed, 1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+# ------------------------------------------------------------------------------------- optimizer
+
+def learning_rate(options, step: int, restart: float = 0.0) -> float:
+    """The rate of a step, counted from 0: warm-up, then --schedule down to the end.
+
+    restart: the share of the steps after which all of that begins anew.
+    """
+    steps, first = options.steps, round(restart * options.steps)
+    if step < first:
+        steps = first
+    else:
+        step, steps = step - first, steps - first
+    # 1. Warm-up: a straight line up to the largest rate.
+    warmup = max(1, round(options.warmup * steps))
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    # 2. Constant: stays there.
+    if options.schedule == "constant":
+        return options.lr
+    # 3. A straight line down to 0, or half a cosine down to 3 %.
+    done = (step - warmup) / max(1, steps - warmup)
+    if options.schedule == "linear":
+        return options.lr * (1 - done)
+    return options.lr * (0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2)
+
+
+class Optimizers:
+    """Several optimizers, each with parameters of its own, that act as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        # Runs of earlier code saved a single optimizer as it is, and some had all parameters in
+        # one group, in the same order: the groups are always those of now.
+        parts = state["parts"] if "parts" in state else [state]
+        for part, its in zip(self.parts, parts, strict=True):
+            part.load_state_dict({**its, "param_groups": part.state_dict()["param_groups"]})
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum whose matrices are made orthogonal, steps like AdamW's.
+
+    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw") except for the arithmetic: that
+    takes one matrix at a time in bf16, which CPUs without bf16 instructions do many times slower
+    than float32. parameters: {name: matrix (a, b)}.
+    """
+
+    def __init__(self, parameters: dict, lr: float, weight_decay=0.1, momentum=0.95):
+        whole = [p for name, p in parameters.items() if not name.endswith("in_proj_weight")]
+        three = [p for name, p in parameters.items() if name.endswith("in_proj_weight")]
+        groups = [{"params": whole, "matrices": 1}, {"params": three, "matrices": 3}]   # (q; k; v)
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        stacks = {}                             # shape -> [(matrix, its update, learning rate)]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])           # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                n = group["matrices"]
+                for part, its in zip(p.chunk(n), update.chunk(n)):
+                    stacks.setdefault(its.shape, []).append((part, its, group["lr"]))
+        for shape, rows in stacks.items():
+            updates = orthogonalize(torch.stack([update for _, update, _ in rows]))
+            for (part, _, lr), update in zip(rows, updates):
+                part.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalize(stack: torch.Tensor) -> torch.Tensor:
+    """About U·Vᵀ for each U·S·Vᵀ of n matrices (n, a, b): five steps of Newton and Schulz.
+
+    With Muon's coefficients every singular value above a hundredth of the matrix's norm ends
+    between 0.68 and 1.21. On a GPU the steps are made in bf16.
+    """
+    x = stack.bfloat16() if stack.is_cuda else stack
+    x = x.mT if stack.shape[-2] > stack.shape[-1] else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)      # no singular value above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    x = x.mT if stack.shape[-2] > stack.shape[-1] else x
+    return x.to(stack.dtype)
+
+
+def make_optimizer(parameters: dict, options) -> Optimizers:
+    """--optimizer over {name: parameter}.
+
+    Muon takes the matrices between layers and AdamW the rest, as Muon's authors say: embeddings,
+    head, biases, gains, and stacks of matrices.
+    """
+    apart = ("shared", "embed", "lm_head", "relative_attention_bias")
+    matrices, rest, gains = {}, [], []
+    for name, p in parameters.items():
+        if options.optimizer == "muon" and p.ndim == 2 and not any(x in name for x in apart):
+            matrices[name] = p
+        elif name.startswith("norm_gains."):    # the student's: they multiply and start at 1, and
+            gains.append(p)                     # weight decay would pull them to 0
+        else:
+            rest.append(p)
+    groups = [{"params": rest}, {"params": gains, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    shared = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.optimizer == "adafactor":
+        return Optimizers(torch.optim.Adafactor(groups, **shared))
+    adamw = torch.optim.AdamW(groups, betas=(0.9, options.beta2), fused=True, **shared)
+    return Optimizers(adamw, Muon(matrices, **shared)) if matrices else Optimizers(adamw)
+
+
+def sum_gradients(parameters, size: int = 2 ** 26) -> None:
+    """Add up the ranks' gradients; every loss was already divided by the count over all ranks.
+
+    A message holds the gradients of many parameters, but a copy of about `size` numbers (256 MB)
+    at a time.
+    """
+    if not dist.is_initialized():
+        return
+    messages, total = {}, 0                     # number of a message -> its parameters
+    for p in parameters:
+        total += p.numel()
+        messages.setdefault(total // size, []).append(p)
+    for group in messages.values():
+        for p in group:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in group])
+        dist.all_reduce(flat)
+        for p, gradient in zip(group, flat.split([p.numel() for p in group])):
+            p.grad.copy_(gradient.view_as(p))

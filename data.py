@@ -1,16 +1,19 @@
-"""Tasks and the texts that each model reads.
+"""What is read and how: record -> task -> draw -> text -> ids.
 
-One task file of Super-NaturalInstructions (v2.6, tasks/*.json), which the built-in suite follows too:
+1. One task file of Super-NaturalInstructions (v2.6, tasks/*.json); the built-in suite's are alike:
 
-    {"Definition": ["In this task, you're given ... Your job is to ..."],          # the suite: [0], then paraphrases
-     "Categories": ["Question Answering"], ...
+    {"Definition": ["In this task, you're given ... Your job is to ..."],
+     "Categories": ["Question Answering"], ...                  # the suite: [0], then paraphrases
      "Positive Examples": [{"input": "...", "output": "...", "explanation": "..."}, ...],
      "Instances": [{"id": "task001-0", "input": "...", "output": ["...", "..."]}, ...]}
 
-and splits/default/{train,test}_tasks.txt name the tasks of a split, one a line.
+   and splits/default/{train,test}_tasks.txt name a split's tasks, one a line. P3: bench/p3.py.
+2. Draws: what a batch holds is a pure function of (seed, step, micro-batch among all ranks').
+3. Texts: what hypernetwork, student and teachers read. 4. Their token ids.
+
+    N  texts      T  tokens of one      C  target tokens      M  target tokens that count, of all
 """
-import glob
-import itertools
+import functools
 import json
 import os
 import random
@@ -20,56 +23,63 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from common import UserError, digest, files_digest, named_file, write_text
-from templates import LONGEST_FIELD, Template, load_templates
+import common
+from bench import p3
+from common import UserError, is_texts, named_file, read_json_lines
 
-IGNORE = -100                                  # label of positions that do not count, as in PyTorch's cross-entropy
+IGNORE = -100           # label of positions that do not count, as in PyTorch's cross-entropy
 GET_SNI = "git clone --depth 1 --branch v2.6 https://github.com/allenai/natural-instructions"
-
-
-class Verbatim(str):
-    """A text that is read as it stands, without the words that Super-NaturalInstructions' encoding puts around it."""
+_warned = set()         # what was warned of already: it is said once
 
 
 @dataclass
 class Instance:
     id: str
     input: str
-    outputs: list[str]                         # every reference
-    prompt: str | None = None                  # what teachers read where it is not made of instruction and input (P3)
-    choices: tuple[str, ...] = ()              # answers to rank, where the task has them (P3)
+    outputs: list[str]                      # every reference
+    prompt: str | None = None               # P3: what teachers read in place of definition + input
+    choices: tuple[str, ...] = ()           # P3: answers to rank, where the task has them
 
 
 @dataclass
 class Task:
     name: str
     category: str
-    definitions: list[str]                     # [0] is the task's; more are paraphrases
-    demonstrations: list[tuple[str, str]]      # (input, output) of the positive examples
+    definitions: list[str]                  # [0] is the task's; more are paraphrases
+    demonstrations: list[tuple[str, str]]   # (input, output) of the positive examples
     instances: list[Instance]
+    verbatim: bool = False                  # P3: texts are read as they stand, nothing put around
 
+
+# ------------------------------------------------------------------------------ 1. records, tasks
 
 def load_sni(root: str, split: str = "test", max_instances: int | None = 100, skip: int = 0,
              allow_missing: bool = False) -> list[Task]:
-    """The tasks of a split in the official layout, each with its instances skip : skip + max_instances.
+    """The tasks of a split in the official layout, with instances skip : skip + max_instances.
 
     split: names splits/default/{split}_tasks.txt. The official test instances are the first 100 of
     each test task. Those of the split train are shuffled first, as in the official code: many files
     are sorted by class. With skip, a task may have none left; with allow_missing, tasks whose files
     are absent are left out.
-    Raises UserError for a missing folder or file, broken JSON, a task without definition, an instance without output.
+    Raises UserError for a missing folder or file, broken JSON, a task without definition, an
+    instance without output.
     """
-    files = [os.path.join(root, "tasks", name + ".json") for name in listed_tasks(root, split)]
+    files = [task_path(root, name) for name in listed_tasks(root, split)]
     absent = [file for file in files if not os.path.isfile(file)]
     if absent and not (allow_missing and len(absent) < len(files)):
         names = ", ".join(os.path.basename(file) for file in absent[:3])
-        remedy = f"get them all: {GET_SNI}" + " (or go on with those there: --allow-missing)" * (not allow_missing)
-        raise UserError(f"{split_file(root, split)} names {len(absent)} tasks whose files are not in {root}/tasks: {names} …; "
-                        + remedy)
+        others = "" if allow_missing else " (or go on with those there: --allow-missing)"
+        raise UserError(f"{split_file(root, split)} names {len(absent)} tasks whose files are not "
+                        f"in {root}/tasks: {names} …; get them all: {GET_SNI}{others}")
     there = [file for file in files if file not in absent]
     return [read_task(file, max_instances, skip, shuffle=split == "train") for file in there]
+
+
+def task_path(root: str, name: str) -> str:
+    return os.path.join(root, "tasks", name + ".json")
 
 
 def split_file(root: str, split: str) -> str:
@@ -79,335 +89,334 @@ def split_file(root: str, split: str) -> str:
 def listed_tasks(root: str, split: str) -> list[str]:
     """The names of a split's tasks, whether their files are there or not."""
     path = split_file(root, split)
-    with named_file(path, f"--data names a folder in Super-NaturalInstructions' layout: {GET_SNI} (or python sample.py "
-                    "writes the built-in suite)"), open(path, encoding="utf-8") as f:
+    remedy = (f"--data names a folder in Super-NaturalInstructions' layout: {GET_SNI} "
+              "(or python -m bench.sample writes the built-in suite)")
+    with named_file(path, remedy), open(path, encoding="utf-8") as f:
         names = f.read().split()
     if not names:
         raise UserError(f"{path} is empty; it should name one task a line")
     return names
 
 
+def load_p3(root: str, split: str = "test", max_instances: int | None = None,
+            p3_input: str = "fields", skip: int = 0) -> list[Task]:
+    """A task for every data set and template of T0's split, with rows skip : skip + max_instances.
+
+    bench/p3.py says which, and how the folder is laid out. The hypernetwork reads the template's
+    text, the student, by p3_input, the row's "fields" or its whole "prompt", teachers the prompt.
+    Raises UserError for what cannot be rendered, naming it, and where no task is there.
+    """
+    def task(record):
+        rows = [Instance(x["id"], x["input"], [x["output"]], x["prompt"], x["choices"])
+                for x in record["instances"]]
+        definitions = [record["instruction"]]
+        return Task(record["name"], record["category"], definitions, [], rows, verbatim=True)
+
+    return [task(record) for record in p3.load(root, split, max_instances, p3_input, skip)]
+
+
 def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> list[Task]:
-    """The training split as the options have it; --categories N: only the N categories with most tasks (nested subsets)."""
+    """The training split as the options have it; smaller --categories are subsets of larger."""
     n = max_instances or options.max_instances
     if options.format == "p3":
         tasks = load_p3(options.data, "train", n, options.p3_input, skip)
+        leaks = p3.held_out_names([task.category for task in tasks])
     else:
         tasks = load_sni(options.data, "train", n, skip, options.allow_missing)
-    leaks = held_out_names([task.category if options.format == "p3" else task.name for task in tasks])
+        leaks = p3.held_out_names([task.name for task in tasks])
     if leaks and "P3" not in _warned:
         _warned.add("P3")
-        warnings.warn(f"{len(leaks)} training tasks are named after data sets that P3 holds out ({', '.join(leaks[:2])} …): scores "
-                      "of this model on P3 would be leaks", stacklevel=2)
+        warnings.warn(f"{len(leaks)} training tasks are named after data sets that P3 holds out "
+                      f"({', '.join(leaks[:2])} …): scores of this model on P3 would be leaks")
     sizes = Counter(task.category for task in tasks)
     largest = sorted(sizes, key=lambda category: (-sizes[category], category))
-    if options.categories and options.categories > len(largest):
-        raise UserError(f"--categories {options.categories}: the training tasks of {options.data} have only {len(largest)}")
+    if options.categories > len(largest):
+        raise UserError(f"--categories {options.categories}: the training tasks of {options.data} "
+                        f"have only {len(largest)}")
     kept = set(largest[:options.categories or None])
     return [task for task in tasks if task.category in kept and task.instances]
 
 
-def tasks_digest(options) -> dict:
-    """{"data_digest": a hash of the training split's files}; {} where they are not all there.
-
-    Their bytes are hashed, nothing is parsed.
-    """
-    root = options.data
-    if options.format == "p3":
-        folder = glob.escape(root)
-        files = [f"{root}/templates/{dataset}/templates.yaml" for dataset in P3_TRAIN]
-        files += [f"{root}/{dataset}/train.jsonl" for dataset in P3_TRAIN]
-        files += sorted(glob.glob(f"{folder}/*prompted*/*.jsonl"))
-    elif os.path.isfile(split_file(root, "train")):
-        with open(split_file(root, "train"), "rb") as f:
-            names = f.read().decode(errors="replace").split()
-        files = [os.path.join(root, "tasks", name + ".json") for name in names]
-    else:
-        return {}
-    there = [file for file in files if os.path.isfile(file)]
-    complete = options.format == "p3" or options.allow_missing or len(there) == len(files)
-    return {"data_digest": files_digest(there, root)} if there and complete else {}
-
-
-def text_digest(options) -> dict:
-    """{"text_digest": a hash of the file of plain text}; {} where it is not there."""
-    if not os.path.isfile(options.text):
-        return {}
-    return {"text_digest": files_digest([options.text], os.path.dirname(options.text))}
-
-
-def names_and_definitions(tasks: list[Task]) -> dict:
-    """{a task's name: a hash of its definition}: what `known_tasks` knows them again by."""
-    return {task.name: digest(" ".join(task.definitions[0].split())) for task in tasks}
-
-
-def write_training_tasks(folder: str, tasks: list[Task]) -> None:
-    """Beside a checkpoint, what it was trained on, so that none of it is evaluated on (`bench.Bench`)."""
-    write_text(f"{folder}/training_tasks.json", json.dumps(names_and_definitions(tasks), indent=0))
-
-
-def known_tasks(tasks: list[Task], trained_on: dict) -> list[str]:
-    """Names of those tasks that `trained_on` (`names_and_definitions`) holds by definition or name.
-
-    A name counts without its number (task061_…), which is another one in a suite of another seed.
-    """
-    def plain(name):
-        return re.sub(r"^task\d+_", "", name)
-
-    names, definitions = set(map(plain, trained_on)), set(trained_on.values())
-    return [name for name, definition in names_and_definitions(tasks).items()
-            if plain(name) in names or definition in definitions]
-
-
-def is_texts(value) -> bool:
-    """A list of texts, not empty."""
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
-
-
 def read_task(path: str, max_instances: int | None = None, skip: int = 0,
               shuffle: bool = False) -> Task:
-    """A task file's instances skip : skip + max_instances, of the file's order or a shuffled one.
+    """A task file's instances skip : skip + max_instances, in the file's order or shuffled.
 
-    The shuffled one follows from the task's name and its number of instances alone: whatever its
+    The shuffled order follows from the task's name and its number of instances alone: whatever its
     seed, every stage takes the same ones, and those after them are held out. Raises UserError for
     what is no task's file.
     """
-    with named_file(path, "a task's file is one JSON object; fetch or write it again"), open(path, encoding="utf-8") as f:
+    remedy = "a task's file is one JSON object; fetch or write it again"
+    with named_file(path, remedy), open(path, encoding="utf-8") as f:
         record = json.load(f)
 
     def need(condition, what):
         if not condition:
             raise UserError(f"{path}: {what}")
 
+    def as_list(value):
+        return [value] if isinstance(value, str) else value
+
+    def has(row, key):
+        return isinstance(row, dict) and isinstance(row.get(key), str)
+
     need(isinstance(record, dict), "no JSON object; a task's file is one")
-    definitions, categories = ([x] if isinstance(x, str) else x for x in (record.get("Definition"), record.get("Categories")))
+    definitions, categories = as_list(record.get("Definition")), as_list(record.get("Categories"))
     need(is_texts(definitions) and definitions[0].strip(), "no Definition; every task needs one")
     need(not categories or is_texts(categories), "Categories are no texts")
     rows, examples = record.get("Instances"), record.get("Positive Examples") or []
     need(isinstance(rows, list) and rows, "no Instances; every task needs some")
     need(isinstance(examples, list), "Positive Examples are no list")
-    name, instances, demonstrations = os.path.basename(path).removesuffix(".json"), [], []
+
+    name = os.path.basename(path).removesuffix(".json")
     numbers = list(range(len(rows)))
     if shuffle:
         random.Random(name).shuffle(numbers)
-    for n in numbers[skip:None if max_instances is None else skip + max_instances]:
+    end = None if max_instances is None else skip + max_instances
+    instances, demonstrations = [], []
+    for n in numbers[skip:end]:
         row = rows[n]
-        outputs = row.get("output") if isinstance(row, dict) else None
-        outputs = [outputs] if isinstance(outputs, str) else outputs
-        need(is_texts(outputs) and isinstance(row.get("input"), str), f"instance {n} has no input or no output")
+        outputs = as_list(row.get("output")) if isinstance(row, dict) else None
+        need(is_texts(outputs) and has(row, "input"), f"instance {n} has no input or no output")
         instances.append(Instance(str(row.get("id", f"{name}-{n}")), row["input"], outputs))
     need(len({x.id for x in instances}) == len(instances), "two instances have the same id")
     for n, row in enumerate(examples, 1):
-        need(isinstance(row, dict) and isinstance(row.get("input"), str) and isinstance(row.get("output"), str),
+        need(has(row, "input") and has(row, "output"),
              f"Positive Example {n} has no input or no output")
         demonstrations.append((row["input"], row["output"]))
-    return Task(name, categories[0] if categories else "none", [d.strip() for d in definitions if d.strip()], demonstrations,
-                instances)
+    category = categories[0] if categories else "none"
+    definitions = [text.strip() for text in definitions if text.strip()]
+    return Task(name, category, definitions, demonstrations, instances)
 
 
-# ---------------------------------------------------------------------------------------------------------------- P3
-# T0's split of the Public Pool of Prompts (Sanh et al. 2022): one task for every data set and template.
-
-P3_TRAIN = ("adversarial_qa/dbert adversarial_qa/dbidaf adversarial_qa/droberta ag_news amazon_polarity app_reviews "
-            "cnn_dailymail/3.0.0 common_gen cosmos_qa dbpedia_14 dream duorc/ParaphraseRC duorc/SelfRC gigaword glue/mrpc glue/qqp "
-            "imdb kilt_tasks/hotpotqa multi_news paws/labeled_final qasc quarel quartz quoref ropes rotten_tomatoes samsum sciq "
-            "social_i_qa trec wiki_bio wiki_hop/original wiki_qa wiqa xsum yelp_review_full").split()
-P3_TEST = {"anli_r1": "anli", "anli_r2": "anli", "anli_r3": "anli", "hellaswag": "hellaswag", "cb": "super_glue/cb",
-           "copa": "super_glue/copa", "rte": "super_glue/rte", "wic": "super_glue/wic", "wsc": "super_glue/wsc.fixed",
-           "winogrande": "winogrande/winogrande_xl", "story_cloze": "story_cloze/2016"}
-NLI = {"e": 0, "n": 1, "c": 2, "entailment": 0, "neutral": 1, "contradiction": 2}
-P3_LABELS = {"anli_r1": NLI, "anli_r2": NLI, "anli_r3": NLI, "rte": {"entailment": 0, "not_entailment": 1},
-             "cb": {"entailment": 0, "contradiction": 1, "neutral": 2},
-             "wic": {"false": 0, "true": 1}, "wsc": {"false": 0, "true": 1}}
-LABEL_FIELD = {"winogrande": "answer", "story_cloze": "answer_right_ending"}               # else label
+def teacher_of(task: Task, unit: str) -> str:
+    """The name of a task's LoRA teacher: its category's (the paper's choice), its own, or all's."""
+    return {"category": task.category, "task": task.name, "all": "all"}[unit]
 
 
-def load_p3(root: str, split: str = "test", max_instances: int | None = None, p3_input: str = "fields",
-            skip: int = 0) -> list[Task]:
-    """A task for every data set and template of T0's split, with its rows skip : skip + max_instances.
+# What a run was trained on, so that others can be held against it.
+def tasks_digest(options) -> dict:
+    """{"data_digest": a hash of the training split's files}; {} where they are not all there."""
+    root, complete = options.data, True
+    if options.format == "p3":
+        files = p3.training_files(root)
+    elif os.path.isfile(split_file(root, "train")):
+        with open(split_file(root, "train"), "rb") as f:
+            names = f.read().decode(errors="replace").split()
+        listed = [task_path(root, name) for name in names]
+        files = [file for file in listed if os.path.isfile(file)]
+        complete = options.allow_missing or len(files) == len(listed)
+    else:
+        return {}
+    return {"data_digest": common.files_digest(files, root)} if files and complete else {}
 
-        root/templates/super_glue/rte/templates.yaml    promptsource's folder of templates
-        root/rte/validation.jsonl                       rows with the data set's own field names, one JSON object a line
-        root/imdb/train.jsonl                           the same of a training data set (super_glue/rte/… is found as well)
-        root/prompted/imdb_Reviewer_Enjoyment.jsonl     or rows already prompted, {"prompt": .., "completion": ..}
 
-    split: test (the held-out tasks that are there, T0's evaluation templates) or train (all templates of the 36 data sets).
-    The hypernetwork reads the template's text. The student reads, by p3_input, the row's "fields" that the prompt shows
-    or the whole "prompt", which is the only choice for prompted rows. Teachers read the prompt. A row to which a template
-    does not apply is left out. Raises UserError, naming data set, template and row, for what cannot be rendered, a label
-    outside the choices, a file that is not JSON lines, and where no task is there.
+def text_digest(path: str) -> dict:
+    """{"text_digest": a hash of the file of plain text}; {} where it is not there."""
+    if not os.path.isfile(path):
+        return {}
+    return {"text_digest": common.files_digest([path], os.path.dirname(path))}
+
+
+def names_and_definitions(tasks: list[Task]) -> dict:
+    """{a task's name: a hash of its definition}: what a task is known again by."""
+    return {task.name: common.digest(" ".join(task.definitions[0].split())) for task in tasks}
+
+
+def write_training_tasks(folder: str, tasks: list[Task]) -> None:
+    """Beside a checkpoint, what it was trained on, so that none of it is evaluated on."""
+    text = json.dumps(names_and_definitions(tasks), indent=0)
+    common.write_text(f"{folder}/training_tasks.json", text)
+
+
+def read_documents(path: str) -> list[str]:
+    """The documents of at least three words in a file: one a line, plain or JSON lines with "text".
+
+    Raises UserError where the file cannot be read or has none.
     """
-    if split not in ("train", "test"):
-        raise UserError(f"P3 has the splits train and test here, no {split}")
-    templates, tasks = load_templates(os.path.join(root, "templates")), []
-    end = None if max_instances is None else skip + max_instances
-    for name, dataset in P3_TEST.items() if split == "test" else [(d, d) for d in P3_TRAIN]:
-        rows = p3_rows(root, name, dataset, "validation" if split == "test" else "train")
-        for template in templates.get(dataset, []):
-            if split == "test" and not template.for_evaluation:
-                continue
-            if rows is None and split == "train":
-                instances = prompted_instances(root, template)
-            else:
-                made = (p3_instance(name, template, row, n, p3_input) for n, row in enumerate(rows or []))
-                instances = (x for x in made if x is not None)
-            instances = list(itertools.islice(instances, skip, end))        # rows beyond are not rendered
-            if instances:
-                tasks.append(Task(f"{name}: {template.name}", name, [Verbatim(template.text)], [], instances))
-    if not tasks:
-        example = "rte/validation.jsonl" if split == "test" else "imdb/train.jsonl"
-        raise UserError(f"{root} has no rows of T0's {split} data sets; put them into {root}/{example} and the like (README)")
-    return tasks
+    remedy = "--text names plain text in UTF-8, one document a line, or JSON lines with a text"
+    if path.endswith((".json", ".jsonl")):
+        lines = [row["text"] for row in read_json_lines(path, remedy, text=str)]     # C4's form
+    else:
+        with named_file(path, remedy), open(path, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    documents = [line for line in lines if len(line.split(maxsplit=2)) == 3]
+    if not documents:
+        raise UserError(f"{path} has no document of three words or more; {remedy}")
+    return documents
 
 
-def p3_rows(root: str, name: str, dataset: str, split: str) -> list[dict] | None:
-    """Rows of a data set with labels as integers, None where there are none."""
-    for folder in (name, *[dataset] * (list(P3_TEST.values()).count(dataset) < 2)):          # ANLI's rounds share a folder
-        path = os.path.join(root, folder, split + ".jsonl")
-        if os.path.isfile(path):
-            rows = read_json_lines(path, "rows are JSON objects with the data set's own field names, one a line")
-            return [with_plain_label(name, row, f"{path}, row {n}") for n, row in enumerate(rows)]
-    return None
+# -------------------------------------------------------------------------------------- 2. draws
+# A resumed run needs no loader state; two ranks draw what one would have in two micro-batches.
+
+@dataclass
+class Draw:
+    """One task of a mixed-task batch: an instruction, and (input, output) pairs to follow it on."""
+    task: Task
+    definition: str
+    demonstrations: list[tuple[str, str]]
+    pairs: list[tuple[str, str]]
+    prompts: list[str]              # what a teacher is asked instead of each input; in SNI the same
+
+    def __len__(self):
+        """Characters of the longest text that a teacher reads: what batches are sorted by."""
+        instruction = instruction_text(self.definition, self.demonstrations, self.task.verbatim)
+        return len(instruction) + max(map(len, self.prompts))
 
 
-def with_plain_label(name: str, row: dict, where: str) -> dict:
-    """The row as the templates want it: SuperGLUE's own files have true or a word where they index by 0 and 1."""
-    row = row | (row["target"] if isinstance(row.get("target"), dict) else {})                # WSC's spans
-    if name not in P3_TEST:
-        return row
-    key = LABEL_FIELD.get(name, "label")
-    label = row.get(key)
-    if label in ("", None, -1, "-1"):
-        raise UserError(f"{where}: no {key}: the labels of this split are hidden; use the validation split")
-    if isinstance(label, str) and name in P3_LABELS and not label.isdigit():
-        if label.lower() not in P3_LABELS[name]:
-            raise UserError(f"{where}: label '{label}' is none of {', '.join(P3_LABELS[name])}")
-        row[key] = P3_LABELS[name][label.lower()]
-    elif key == "label" and isinstance(label, (bool, str)) and str(label).removeprefix("-").isdigit() or isinstance(label, bool):
-        row[key] = int(label)
-    return row
+def rng_of(*key: int) -> np.random.Generator:
+    return np.random.default_rng(list(key))
 
 
-def p3_instance(name: str, template: Template, row: dict, n: int, p3_input: str) -> Instance | None:
-    rendered = template.render(row, n)
-    if rendered is None:
-        return None
-    prompt, target, choices = rendered
-    if name in P3_TEST and target not in choices:
-        raise UserError(f"{template.dataset}, template '{template.name}', row {n}: the answer '{target}' is none of the choices "
-                        f"{choices}")
-    text = prompt
-    if p3_input == "fields" and template.fields:                            # else the fields would tell more than the prompt, or less
-        text = " ".join(f"{key}: {field_text(row[key])}" for key in template.fields if key in row)
-    return Instance(f"{name}-{n}", Verbatim(text), [target], Verbatim(prompt), tuple(choices))
+def n_demonstrations(demos: str, seed: int, step: int) -> int:
+    """0 or 2 for all of a step, which keeps padding low and ranks together; mixed: drawn."""
+    if demos != "mixed":
+        return int(demos)
+    return 2 if rng_of(seed, step, 0, 1).random() < 0.5 else 0
 
 
-def field_text(value) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{key}: {field_text(x)}" for key, x in value.items())
-    return ", ".join(map(field_text, value)) if isinstance(value, list) else " ".join(str(value)[:LONGEST_FIELD].split())
+def chances(tasks: list[Task], balance: str) -> np.ndarray | None:
+    """How likely each task is to be drawn, with --balance categories; None: all alike."""
+    sizes = Counter(task.category for task in tasks)
+    p = np.array([1 / sizes[task.category] for task in tasks]) / len(sizes)
+    return p if balance == "categories" else None
 
 
-def prompted_instances(root: str, template: Template) -> list[Instance]:
-    """Rows already prompted with this template: of the file in root/*prompted*/ that is named after it."""
-    def plain(name):
-        return re.sub("[^A-Za-z0-9]+", "_", name)
+def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int,
+               n_demos: int, vary: bool = False, p: np.ndarray | None = None) -> list[Draw]:
+    """n_tasks tasks, each with one of its wordings, n_instances instances, n_demos demonstrations.
 
-    for path in sorted(glob.glob(f"{glob.escape(root)}/*prompted*/*.jsonl")):
-        if plain(os.path.basename(path).removesuffix(".jsonl")) == plain(f"{template.dataset}_{template.name}"):
-            if os.path.getsize(path) == 0:
-                return []
-            rows = read_json_lines(path, "rows are JSON objects with prompt and completion", prompt=str, completion=str)
-            pairs = [(row["prompt"].strip(), row["completion"].removesuffix("<|endoftext|>").strip()) for row in rows]
-            return [Instance(f"{template.dataset}-{n}", Verbatim(prompt), [target], Verbatim(prompt))
-                    for n, (prompt, target) in enumerate(pairs) if prompt and target]
-    return []
+    vary: demonstrations are instances, drawn; else the task's first positive examples, as in tests.
+    """
+    picks = rng.choice(len(tasks), n_tasks, replace=n_tasks > len(tasks), p=p)
+    return [draw_task(tasks[t], rng, n_instances, n_demos, vary) for t in picks]
 
 
-def held_out_names(tasks: list[str]) -> list[str]:
-    """Those of these training tasks whose names hold the name of a data set that P3 holds out."""
-    held_out = re.compile("anli|hellaswag|winogrande|story_?cloze|copa|wsc|wic(?![a-z])|(?<![a-z])(cb|rte)(?![a-z])", re.IGNORECASE)
-    return [name for name in tasks if held_out.search(name)]
+def draw_task(task: Task, rng: np.random.Generator, n_instances: int, n_demos: int,
+              vary: bool = False) -> Draw:
+    definition = task.definitions[rng.integers(len(task.definitions))]
+    n = n_instances + n_demos if vary else n_instances
+    rows = rng.choice(len(task.instances), n, replace=n > len(task.instances))
+    drawn = [task.instances[i] for i in rows]
+    pairs = [(x.input, x.outputs[rng.integers(len(x.outputs))]) for x in drawn]
+    prompts = [x.prompt or x.input for x in drawn[:n_instances]]
+    demonstrations = pairs[n_instances:] if vary else task.demonstrations[:n_demos]
+    return Draw(task, definition, demonstrations, pairs[:n_instances], prompts)
 
 
-# ------------------------------------------------------------------------------------------------------------- texts
-# The encoding of the official Tk-Instruct code (ni_collator.py): the meta-trained baseline and the teachers read
-# definition + demonstrations + instance, the hypernetwork the first two, the student the instance alone.
+def by_length(draws, bucket_steps: int, seed: int, n_micro: int):
+    """The function draws(step, micro) -> list, with its items dealt out again by length."""
+    # The items of bucket_steps steps, n_micro micro-batches each (those of all ranks), are sorted
+    # by len() and cut into batches: texts of like length share one, and little is padding. With one
+    # step, its items stay its own. With more, steps of short and long texts come in random order.
+    if not bucket_steps:
+        return draws
+
+    @functools.lru_cache(maxsize=1)
+    def window(number):
+        items = []
+        for step in range(number * bucket_steps, (number + 1) * bucket_steps):
+            for micro in range(n_micro):
+                items += draws(step, micro)
+        return sorted(items, key=len), rng_of(seed, number, 0, 2).permutation(bucket_steps)
+
+    def deal(step, micro):
+        items, order = window(step // bucket_steps)
+        size = len(items) // (bucket_steps * n_micro)
+        at = (order[step % bucket_steps] * n_micro + micro) * size
+        return items[at:at + size]
+
+    return deal
+
+
+def draw_documents(documents: list[str], rng: np.random.Generator, n: int) -> list[str]:
+    return [documents[i] for i in rng.integers(len(documents), size=n)]
+
+
+def cut_documents(drawn: list[str], tokenizer, parts: int, limit: int,
+                  rng: np.random.Generator) -> list[list[list[int]]]:
+    """Of each document a window of at most `limit` tokens, in `parts` pieces of ids, none empty."""
+    shares, rows = np.sort(rng.random(parts - 1)), []       # of all alike, which keeps padding low
+    for ids in tokenizer(drawn, add_special_tokens=False)["input_ids"]:
+        start = int(rng.integers(max(len(ids) - limit, 0) + 1))
+        window = ids[start:start + limit]
+        cuts = [0]
+        for k, share in enumerate(shares, 1):
+            cut = max(round(share * len(window)), cuts[-1] + 1)
+            cuts.append(min(cut, len(window) - parts + k))      # leaves a token for each after it
+        rows.append([window[a:b] for a, b in zip(cuts, [*cuts[1:], len(window)])])
+    return rows
+
+
+# -------------------------------------------------------------------------------------- 3. texts
+# The encoding of the official Tk-Instruct code (ni_collator.py): the meta-trained baseline and the
+# teachers read definition + demonstrations + instance, the hypernetwork the first two, the student
+# the instance alone. verbatim: the texts are P3's, which are read as they stand.
 
 def _full_stop(text: str) -> str:
     text = text.strip()
     return text if text[-1:] in tuple(string.punctuation) else text + "."
 
 
-def instance_text(text: str) -> str:
-    if isinstance(text, Verbatim):
-        return text
-    return f"Input: {_full_stop(text)}\nOutput: "
+def instance_text(text: str, verbatim: bool = False) -> str:
+    return text if verbatim else f"Input: {_full_stop(text)}\nOutput: "
 
 
-def instruction_text(definition: str, demonstrations=()) -> str:
+def instruction_text(definition: str, demonstrations=(), verbatim: bool = False) -> str:
     """Definition and demonstrations: what the hypernetwork reads. "" for neither."""
-    if isinstance(definition, Verbatim):
+    if verbatim:
         return definition
     text = f"Definition: {_full_stop(definition)}\n\n" if definition.strip() else ""
-    for n, (demo_input, demo_output) in enumerate(demonstrations, 1):
-        text += f" Positive Example {n} -\nInput: {_full_stop(demo_input)}\n Output: {_full_stop(demo_output)}\n\n"
+    for n, (its_input, its_output) in enumerate(demonstrations, 1):
+        text += (f" Positive Example {n} -\nInput: {_full_stop(its_input)}\n"
+                 f" Output: {_full_stop(its_output)}\n\n")
     return text
 
 
-def prompt_text(definition: str, demonstrations, text: str) -> str:
-    """The text with the instruction in the input; without any instruction the instance text alone."""
-    if isinstance(text, Verbatim):
+def prompt_text(definition: str, demonstrations, text: str, verbatim: bool = False) -> str:
+    """The text with the instruction in the input; without an instruction, the instance's alone."""
+    if verbatim:
         return text
     instruction = instruction_text(definition, demonstrations)
-    return instruction + "Now complete the following example -\n" * bool(instruction) + instance_text(text)
+    if instruction:
+        instruction += "Now complete the following example -\n"
+    return instruction + instance_text(text)
 
 
-_warned = set()
+# ---------------------------------------------------------------------------------------- 4. ids
 
-
-def tokenize(tokenizer, texts: list[str], limit: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, attention mask), both (N, T), right-padded; a text over `limit` tokens is cut, with one warning a limit."""
+def tokenize(tokenizer, texts: list[str], limit: int, device="cpu"):
+    """(ids, attention mask), both (N, T), right-padded; a text over `limit` tokens is cut."""
     return cut_and_pad(tokenizer, tokenizer(texts)["input_ids"], limit, device)
 
 
-def tokenize_instructed(tokenizer, items: list[tuple], limit: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """`tokenize` for (definition, demonstrations) or (definition, demonstrations, instance) items.
+def tokenize_instructed(tokenizer, items: list[tuple], limit: int, device="cpu",
+                        verbatim: bool = False):
+    """`tokenize` for (definition, demonstrations) or (definition, demonstrations, input) items.
 
-    A demonstration that would take the text over `limit` tokens is left out, with all after it, rather than cut: the
-    official rule. A text that is too long even so is cut.
+    A demonstration that would take the text over `limit` tokens is left out, with all after it,
+    rather than cut: the official rule. A text that is too long even so is cut.
     """
-    def text(definition, demonstrations, instance=None):
-        return instruction_text(definition, demonstrations) if instance is None else prompt_text(
-            definition, demonstrations, instance)
+    def text(item):
+        return (instruction_text if len(item) == 2 else prompt_text)(*item, verbatim=verbatim)
 
-    rows = tokenizer([text(*item) for item in items])["input_ids"]
-    for n, (definition, demonstrations, *instance) in enumerate(items):
+    rows = tokenizer([text(item) for item in items])["input_ids"]
+    for n, (definition, demonstrations, *its_input) in enumerate(items):
         while len(rows[n]) > limit and demonstrations:
             demonstrations = demonstrations[:-1]
-            rows[n] = tokenizer(text(definition, demonstrations, *instance))["input_ids"]
+            rows[n] = tokenizer(text((definition, demonstrations, *its_input)))["input_ids"]
     return cut_and_pad(tokenizer, rows, limit, device)
 
 
-def cut_and_pad(tokenizer, rows: list[list[int]], limit: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def cut_and_pad(tokenizer, rows: list[list[int]], limit: int, device="cpu"):
+    """(ids, attention mask) of rows of ids, cut at `limit` with one warning for each limit."""
     longest = max(map(len, rows))
     if longest > limit:
         if limit not in _warned:
-            warnings.warn(f"a text of {longest} tokens was cut to the limit of {limit}", stacklevel=3)
             _warned.add(limit)
-        rows = [row if len(row) <= limit else row[:limit - 1] + [tokenizer.eos_token_id] for row in rows]
+            warnings.warn(f"a text of {longest} tokens was cut to the limit of {limit}")
+        end = [tokenizer.eos_token_id]
+        rows = [row if len(row) <= limit else row[:limit - 1] + end for row in rows]
     return pad(rows, tokenizer.pad_token_id, device)
-
-
-def unknown_words(tokenizer, texts: list[str]) -> list[str]:
-    """Those words of the texts, each once and in order, whose tokens hold the unknown token.
-
-    A word is what stands between white space, told without the ASCII punctuation around it.
-    """
-    words = list(dict.fromkeys(word for text in texts for word in text.split()))
-    rows = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-    unknown = [word for word, row in zip(words, rows) if tokenizer.unk_token_id in row]
-    return list(dict.fromkeys(word.strip(string.punctuation) or word for word in unknown))
 
 
 def pad(rows: list[list[int]], value: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -425,6 +434,13 @@ def labels(tokenizer, texts: list[str], limit: int, device="cpu") -> torch.Tenso
     return ids.masked_fill(mask == 0, IGNORE)
 
 
+def choice_labels(tokenizer, choices: list, limit: int, device="cpu"):
+    """Ids of the M answer choices of all rows, (M, C), and the row of each, (M,)."""
+    counts = torch.tensor([len(row) for row in choices])
+    owner = torch.repeat_interleave(counts).to(device)
+    return labels(tokenizer, [text for row in choices for text in row], limit, device), owner
+
+
 def target_positions(labels: torch.Tensor) -> torch.Tensor:
     """Where the M labels that count are in the flattened (N, C), (M,)."""
     return (labels.flatten() != IGNORE).nonzero()[:, 0]
@@ -432,54 +448,3 @@ def target_positions(labels: torch.Tensor) -> torch.Tensor:
 
 def batches(items: list, size: int) -> list[list]:
     return [items[i:i + size] for i in range(0, len(items), size)]
-
-
-def unit_of(task: Task, unit: str) -> str:
-    """The name of the teacher that a task belongs to: its category's (the paper's choice), its own, or the only one."""
-    return {"category": task.category, "task": task.name, "all": "all"}[unit]
-
-
-# ------------------------------------------------------------------------------------------------------------- files
-
-TYPES = {str: "text", list: "list of texts", int: "number"}
-
-
-def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
-    """The objects of a JSON-lines file, each with these keys, their values of these types.
-
-    Raises UserError naming file and line for anything else, and for a file without lines.
-    """
-    with named_file(path, remedy), open(path, encoding="utf-8") as f:
-        lines = f.read().split("\n")
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {n}: not JSON: {error}; {remedy}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {n}: no JSON object; {remedy}")
-            for key, kind in types.items():
-                if key not in row:
-                    raise UserError(f"{path}, line {n}: no {key}; {remedy}")
-                if not isinstance(row[key], kind) or kind is list and not is_texts(row[key]):
-                    raise UserError(f"{path}, line {n}: {key} is {str(row[key])[:40]}, no {TYPES.get(kind, kind.__name__)}; {remedy}")
-            rows.append(row)
-    if not rows:
-        raise UserError(f"{path} is empty; {remedy}")
-    return rows
-
-
-def read_documents(path: str) -> list[str]:
-    """Those of at least three words in a text file: one document a line, plain or JSON lines with "text" (C4's form)."""
-    remedy = "--text names plain text in UTF-8, one document a line, or JSON lines with a text"
-    if path.endswith((".json", ".jsonl")):
-        lines = [row["text"] for row in read_json_lines(path, remedy, text=str)]
-    else:
-        with named_file(path, remedy), open(path, encoding="utf-8") as f:
-            lines = f.read().splitlines()
-    documents = [line for line in lines if len(line.split(maxsplit=2)) == 3]
-    if not documents:
-        raise UserError(f"{path} has no document of three words or more; {remedy}")
-    return documents

@@ -1,338 +1,447 @@
 """Score a trained TAGI on unseen tasks, with its controls, its baselines and its cost.
 
 Launch:
-    python evaluate.py                                          # the built-in suite, the checkpoint in runs/sample/finetune
-    python evaluate.py --bench sni --checkpoint DIR             # Super-NaturalInstructions, the data its training had
+    python evaluate.py                                      # the built-in suite
+    python evaluate.py --bench sni --checkpoint DIR         # Super-NaturalInstructions
     python evaluate.py --bench sni --data DIR --rows copy_input,copy_demo
-    python evaluate.py --bench p3 --checkpoint DIR              # T0's held-out tasks
+    python evaluate.py --bench p3 --checkpoint DIR          # T0's held-out tasks
     python evaluate.py --rescore predictions.jsonl --references test_references.jsonl
-    python evaluate.py --instruction "Find the city." --input "Anna went to Paris on Monday."    # by the model in assets/
-    python evaluate.py --ablations --seeds 3                    # retrain finetuning without each part (Table 4)
+    python evaluate.py --instruction "Find the city." --input "Anna went to Paris on Monday."
+    python evaluate.py --ablations                          # of what bench/ablations.sh trained
 
-Predictions are written to predictions.jsonl as they come; an interrupted evaluation goes on from there. results.json and
-results.md hold the tables.
+Here is who answers each row of the table, and what it reads: TAGI the input alone, its adapter
+made from the task's instruction, another's or an empty one; an LLM the instruction with every
+input, or the input alone. bench/ keeps, scores and tells the answers.
 """
+import argparse
 import functools
 import itertools
 import json
 import os
-import string
 import sys
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
 import common
 import config
 import data
-import report
-from bench import HEURISTICS, ROWS, Bench, checkpoint_of
-from cost import measure_cost, measure_ranking
+import lora
+import t5
+from bench import cost, p3, predictions, report, sample
+from bench.predictions import HEURISTICS, UNSEEN_WORDING
+from bench.report import ROWS
+from bench.rouge import rouge_l     # noqa: F401  for those who import it from here
+from common import UserError
 from hypernet import TAGI
-from rouge import rouge_l
 
+OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tagi-tiny")
 TASKS_AT_ONCE = 16                              # whose adapters are held at a time
-OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tagi-tiny")      # a TAGI of the built-in suite
+COST_INSTANCES = 100                            # of a task whose cost is measured
+COST_REPEATS = 3                                # timed runs of each row and task
 
+# --------------------------------------------------------------------------------------- options
 
 def parser():
     p = config.Parser(__doc__)
     config.add_shared_options(p)
-    g = p.add_argument_group("evaluation")
-    g.add_argument("--bench", choices=["sample", "sni", "p3"], help="default: sample, the built-in suite; it counts exact "
-                   "match strictly, sni as the official script; p3 ranks answer choices")
-    g.add_argument("--checkpoint", help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs "
-                   "and the like; default: finetune under --runs, for an own instruction assets/tagi-tiny")
-    g.add_argument("--split", default="test", help="test, or validation to choose settings on")
-    g.add_argument("--eval-instances", type=config.positive, help="instances of each task, the first ones; default: 100, "
-                   "for p3 all")
-    g.add_argument("--normalize", default=False, help="p3: log-likelihoods per token instead of their sum", **config.flag)
-    g.add_argument("--rows", help="only these rows of the table: " + ", ".join(ROWS))
-    g.add_argument("--batch-size", type=config.positive, help="default: 250 for the built-in suite, else 20")
-    g.add_argument("--cost-repeats", type=config.at_least(0), default=5,
-                   help="timed repeats of each way to answer 100 instances; 0: no costs")
-    g.add_argument("--out", help="where the results go; default: evaluate under --runs")
-    g = p.add_argument_group("floors of exact match, at Def and at Def + 2 Pos: exit 1 below")
-    g.add_argument("--floor", type=config.finite, help="of TAGI")
-    g.add_argument("--floor-margin", type=config.finite,
-                   help="of TAGI, above it with the shuffled instruction")
-    g.add_argument("--floor-meta", type=config.finite, help="of the meta-trained row")
-    g.add_argument("--floor-share", type=config.finite,
-                   help="of TAGI, as a share of the meta-trained row's")
-    g = p.add_argument_group("predictions that are there")
-    g.add_argument("--rescore", help="score this file, JSON lines with id and prediction, without a model")
-    g.add_argument("--references", help="JSON lines with id and references, where --rescore's file has none (the official "
-                   "test_references.jsonl)")
-    g = p.add_argument_group("your own instruction")
-    g.add_argument("--instruction", help="a task definition: answer each --input by it, and do nothing else")
-    g.add_argument("--input", action="append", default=[], help="an instance (may be given several times)")
-    g = p.add_argument_group("ablations")
-    g.add_argument("--ablations", default=False, help="retrain finetuning without each part, from several seeds",
-                   **config.flag)
-    g.add_argument("--seeds", type=config.positive, default=3)
-    g.add_argument("--processes", type=config.positive, default=2, help="that train together (torchrun --nproc-per-node)")
+    add = p.add_argument_group("evaluation").add_argument
+    add("--bench", choices=["sample", "sni", "p3"],
+        help="sample (default): the built-in suite, exact match counts every sign; sni: scored as "
+             "its official script does; p3: the likeliest answer choice is the answer")
+    add("--checkpoint",
+        help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs "
+             "and the like; default: finetune under --runs, or assets/tagi-tiny for --instruction")
+    add("--split", default="test", help="test tasks, or validation to choose settings on")
+    add("--eval-instances", type=config.positive,
+        help="answer the first N instances of each task; default: 100, for p3 all")
+    add("--normalize", default=False, **config.flag,
+        help="p3: compare choices by their log-likelihood per token, not by its sum")
+    add("--rows", help="make only these rows, with commas between: " + ", ".join(ROWS))
+    add("--batch-size", type=config.positive,
+        help="instances answered at a time; default: 250 for the built-in suite, else 20")
+    add("--out", help="folder for the results; default: evaluate under --runs")
+    add = p.add_argument_group("predictions that are there").add_argument
+    add("--rescore", help="score a file of JSON lines with id and prediction; needs no model")
+    add("--references",
+        help="for a --rescore file without references: JSON lines with id and references (the "
+             "official test_references.jsonl)")
+    add = p.add_argument_group("your own instruction").add_argument
+    add("--instruction", help="what to do with each --input, in words; prints the answers alone")
+    add("--input", action="append", default=[],
+        help="a text to answer by --instruction; may be given several times")
+    add = p.add_argument_group("ablations").add_argument
+    add("--ablations", default=False, **config.flag,
+        help="print the table of the runs that bench/ablations.sh left under --runs")
     return p
 
 
-# ---------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------ tasks and models
 
-WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+class Loaded:
+    """Tasks and models, each loaded when a row first needs it; options: evaluate.py's."""
+
+    def __init__(self, options):
+        o = self.options = options
+        if o.bench == "p3":
+            self.tasks = data.load_p3(o.data, o.split, o.eval_instances, o.p3_input)
+        else:
+            self.tasks = data.load_sni(o.data, o.split, o.eval_instances,
+                                       allow_missing=o.allow_missing)
+        self.other = ("", None)                 # the path that `llm` loaded last, and its LLM
+
+    @functools.cached_property
+    def checkpoint(self) -> str:
+        return checkpoint_of(self.options)
+
+    @functools.cached_property
+    def tagi(self) -> TAGI:
+        o = self.options
+        return TAGI.load(self.checkpoint, o.device, o.precision).requires_grad_(False)
+
+    def llm(self, path):
+        """Another LLM beside the frozen one, one at a time; None where it is the frozen one."""
+        if self.other[0] != path:
+            self.other = ("", None)             # makes room
+            o, frozen = self.options, self.tagi.options
+            llm, tokenizer = t5.load_llm(path, "cpu", o.precision, frozen.attention)
+            if tokenizer.get_vocab() != self.tagi.tokenizer.get_vocab():
+                raise UserError(f"{path} has another vocabulary than the frozen LLM; name a "
+                                "checkpoint that shares it, or leave its row out with --rows")
+            same = t5.fingerprint(llm) == frozen.llm_fingerprint
+            self.other = (path, None if same else llm.to(o.device).requires_grad_(False))
+        return self.other[1]
+
+    def teachers_of(self, row) -> tuple[str, str, str]:
+        """(folder of the LoRA teachers, what there is one for, the command that makes them)."""
+        stage, unit = "lora-all", "all"
+        if row == "teachers":
+            stage, unit = "lora", self.tagi.options.unit
+        command = f"python train_teacher.py --stage {stage}{t5.config_flag(self.options)}"
+        return os.path.join(self.options.runs, stage), unit, command
+
+    @staticmethod
+    def teacher_names(tasks, unit) -> list[str]:
+        return sorted({data.teacher_of(task, unit) for task in tasks})
+
+    def tasks_of(self, row) -> list:
+        if row == "teachers":
+            return self.held_out
+        return self.reworded if row in UNSEEN_WORDING else self.tasks
+
+    @functools.cached_property
+    def reworded(self) -> list:
+        o = self.options
+        return data.load_sni(o.data, o.split + "_unseen_wording", o.eval_instances)
+
+    @functools.cached_property
+    def held_out(self) -> list:
+        """About a hundred training tasks, with instances that no teacher was trained on."""
+        folder, _, command = self.teachers_of("teachers")
+        if not os.path.isdir(folder):
+            raise UserError(f"{folder}: no LoRA teachers; first run {command}")
+        # What the teachers were trained on, whatever is asked for now.
+        used = common.load_options(folder, "max_instances").max_instances
+        tasks = data.training_tasks(self.options, 10, skip=used)
+        if not tasks:
+            raise UserError(f"no training task in {self.options.data} has more than the {used} "
+                            f"instances that {folder} was trained on (--max-instances), so none "
+                            "are held out; choose --rows without teachers")
+        return tasks[::max(1, len(tasks) // 100)]
+
+    @functools.cached_property
+    def givers(self) -> dict:
+        """{task name: the task whose instruction it is given instead of its own}."""
+        if len(self.tasks) == 1:
+            return {}
+        others = predictions.of_another_kind(self.tasks)
+        return dict(zip([task.name for task in self.tasks], others))
+
+    def training_data(self, record: dict) -> dict:
+        """The digest of the training tasks that are there now, made as that in the record was."""
+        made = {"data": self.options.data, "format": self.options.format,
+                "allow_missing": record.get("allow_missing", False)}
+        return made | data.tasks_digest(argparse.Namespace(**made))
+
+    def check_training_tasks(self) -> None:
+        """Refuse another tokenizer, changed training tasks, and tasks that were trained on."""
+        o, trained = self.options, self.tagi.options
+        found = {"tokenizer_digest": t5.tokenizer_digest(self.tagi.tokenizer)}
+        # Another folder holds own tasks, or a copy, perhaps of a part.
+        if os.path.realpath(o.data) == os.path.realpath(trained.data):
+            found |= self.training_data(vars(trained))
+        common.check_digests(found, self.checkpoint, vars(trained))
+        names = data.names_and_definitions(self.tasks)
+        for model in (self.checkpoint, t5.llm_of(self.checkpoint, trained)):
+            path = f"{model}/training_tasks.json"
+            if o.split == "train" or not os.path.isfile(path):
+                continue
+            with common.named_file(path, "train this stage again"), open(path) as f:
+                known = predictions.known_tasks(names, json.load(f))
+            if known:
+                raise UserError(f"{model} was trained on {len(known)} of the {len(self.tasks)} "
+                                f"{o.split} tasks in {o.data}: {', '.join(known[:3])} …; evaluate "
+                                "it on the data that it is for")
 
 
-def exact_match(prediction: str, references: list[str], strict: bool = False) -> float:
-    """1.0 where the prediction is one of the references: as in the official script lower-cased, without ASCII punctuation,
-    white space folded. strict: white space alone is folded (the built-in suite, where brackets and quotes are the task)."""
-    def folded(text):
-        return " ".join((text if strict else text.lower().translate(WITHOUT_PUNCTUATION)).split())
-    return float(folded(prediction) in map(folded, references))
+def checkpoint_of(options) -> str:
+    folder = options.checkpoint or os.path.join(options.runs, "finetune")
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such checkpoint; first run python train_hyper.py "
+                        f"--stage finetune{t5.config_flag(options)}")
+    return folder
 
 
-def score(row, demos, records, strict) -> dict:
-    """One line of the table from its predictions: exact match and ROUGE-L × 100, means over instances.
+# --------------------------------------------------------------------- who answers, reading what
+# An answerer is a function from a batch of (task, instance) pairs to texts. limits: of their
+# lengths, as Transformers' `generate` has them.
 
-    records: dicts with task, category, prediction, references. With 95 % bootstrap intervals over tasks, and the means of
-    every category and task.
+def answerer(loaded, row, demos, tasks, limits):
+    """How a row of the table answers instances of these tasks."""
+    match row:
+        case "tagi" | "tagi_shuffled" | "tagi_empty" | "tagi_unseen_wording":
+            return student(loaded, instructed(loaded, row, demos, tasks), tasks, limits)
+        case "meta" | "meta_unseen_wording":
+            return reader(loaded, demos, limits, llm=loaded.llm(t5.meta_path(loaded.options)))
+        case "no_finetuning":
+            return reader(loaded, demos, limits, llm=loaded.llm(t5.base_path(loaded.options)))
+        case "no_instruction":
+            return reader(loaded, None, limits)
+        case "teachers" | "meta_lora":
+            folder, unit, command = loaded.teachers_of(row)
+            names, tagi = loaded.teacher_names(tasks, unit), loaded.tagi
+            stacked = lora.load_teachers(folder, names, tagi.llm, vars(tagi.options), command)
+            number = {task.name: names.index(data.teacher_of(task, unit)) for task in tasks}
+            return reader(loaded, demos, limits, teachers=(stacked, number))
+        case "copy_input":
+            return lambda pairs: [x.input for _, x in pairs]
+        case "copy_demo":
+            return lambda pairs: [task.demonstrations[0][1] if task.demonstrations else ""
+                                  for task, _ in pairs]
+
+
+def instructed(loaded, row, demos, tasks):
+    """TAGI's adapters for these tasks, a row each, of the instruction that it is given there."""
+    definitions, demonstrations = [], []
+    for task in tasks:
+        giver = loaded.givers[task.name] if row == "tagi_shuffled" else task
+        empty = row == "tagi_empty"
+        definitions.append("" if empty else giver.definitions[0])
+        demonstrations.append([] if empty else giver.demonstrations[:demos])
+    return loaded.tagi.adapt(definitions, demonstrations)
+
+
+def student(loaded, adapters, tasks, limits):
+    """TAGI, which reads the input alone; row k of the adapters is for tasks[k]."""
+    o, tagi = loaded.options, loaded.tagi
+    number = {task.name: k for k, task in enumerate(tasks)}
+
+    def answer(pairs):
+        index = [number[task.name] for task, _ in pairs]
+        if len(set(index)) == 1:
+            index = index[:1]                   # one row for all, not a copy for each
+        rows = adapters if len(adapters) == 1 else adapters.select(index)
+        inputs = [x.input if x.input.strip() else "." for _, x in pairs]    # "" is read as "."
+        if o.bench != "p3":
+            return tagi.generate(inputs, rows, batch_size=len(pairs), **limits)
+        choices = [x.choices for _, x in pairs]
+        scores = tagi.score_choices(inputs, choices, rows, len(pairs), o.normalize, **limits)
+        return predictions.likeliest(choices, scores)
+    return answer
+
+
+def reader(loaded, demos, limits, llm=None, teachers=None):
+    """An LLM that reads the instruction with every input; demos None: the input alone.
+
+    llm: None for the frozen one. teachers: LoRA weights for it, stacked, and {task: their row}.
     """
-    result = {"row": row, "demos": demos, "instances": len(records)}
-    groups = {key: np.unique([r[key] for r in records], return_inverse=True) for key in ("task", "category")}
-    for name, metric in (("exact_match", functools.partial(exact_match, strict=strict)), ("rouge_l", rouge_l)):
-        values = 100 * np.array([metric(r["prediction"], r["references"]) for r in records])
-        names, owner = groups["task"]
-        result |= {"tasks": len(names), name: float(values.mean()), name + "_interval": report.bootstrap_interval(values, owner)}
-        for key, (names, owner) in groups.items():
-            means = np.bincount(owner, values) / np.bincount(owner)
-            result.setdefault(f"by_{key}", {})[name] = dict(zip(names.tolist(), means.tolist()))
-    return result
+    def answer(pairs):
+        weights, items = None, []
+        if teachers is not None:
+            stacked, number = teachers
+            index = [number[task.name] for task, _ in pairs]
+            one = len(set(index)) == 1
+            weights = lora.select(stacked, index[0] if one else torch.tensor(index))
+        for task, x in pairs:
+            if demos is None:
+                items.append(("", [], x.input))
+            else:
+                text = x.prompt or x.input
+                items.append((task.definitions[0], task.demonstrations[:demos], text))
+        return ask(loaded, items, [x.choices for _, x in pairs], limits, llm, weights)
+    return answer
 
 
-# ------------------------------------------------------------------------------------------------------ predictions
+@torch.no_grad()
+def ask(loaded, items, choices, limits, llm=None, weights=None) -> list[str]:
+    """What a plain LLM answers to N (definition, demonstrations, input) items.
 
-def predict(bench, row, demos, done, file):
-    """One row's predictions, as records in the order of its tasks; those not in `done` are made, added to it and written."""
-    tasks, records = bench.tasks_of(row), []
-    bar = tqdm(total=sum(len(t.instances) for t in tasks), desc=f"{ROWS[row]}, {report.SETTINGS[demos]}", disable=None,
-               leave=False, dynamic_ncols=True)
+    For P3 the likeliest of each item's choices, else what it generates greedily. weights: of
+    LoRA, (r, D_in) and (D_out, r) for all items or (N, r, D_in) and (N, D_out, r).
+    """
+    o, tagi = loaded.options, loaded.tagi
+    ids, mask = data.tokenize_instructed(tagi.tokenizer, items, o.max_input, tagi.device,
+                                         verbatim=o.bench == "p3")              # (N, T)
+    with tagi.adapted(None) as frozen:
+        lora.set_weights(frozen, weights)
+        llm = llm or frozen
+        if o.bench != "p3":
+            out = llm.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
+                               **limits)
+            return tagi.tokenizer.batch_decode(out, skip_special_tokens=True)
+        encoded = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]      # (N, T, D)
+        labels, owner = data.choice_labels(tagi.tokenizer, choices, limits["max_new_tokens"],
+                                           ids.device)                          # (M, C), (M,)
+        if weights is not None and next(iter(weights.values()))[0].dim() == 3:
+            lora.set_weights(frozen, lora.select(weights, owner))               # (M, r, D_in), ..
+        scores = t5.score_choices(llm, encoded, mask, labels, owner, o.normalize)
+    return predictions.likeliest(choices, scores)
+
+
+def predict(loaded, row, demos, done, file) -> list[dict]:
+    """One row's predictions, in the order of its tasks; those not in `done` are made and written.
+
+    done: {(row, demos, task, id): prediction}; new ones are added.
+    """
+    o, tasks, records = loaded.options, loaded.tasks_of(row), []
+    bar = tqdm(total=sum(len(task.instances) for task in tasks), disable=None, leave=False,
+               desc=f"{ROWS[row]}, {report.SETTINGS[demos]}", dynamic_ncols=True)
     for group in data.batches(tasks, TASKS_AT_ONCE):
-        pairs = [(task, x) for task in group for x in task.instances]
-        todo = [(task, x) for task, x in pairs if (ROWS[row], demos, task.name, x.id) not in done]
-        bar.update(len(pairs) - len(todo))
-        answer = bench.answerer(row, demos, group) if todo else None
-        for batch in data.batches(todo, bench.options.batch_size):
+        keys, todo = [], []
+        for task, x in [(task, x) for task in group for x in task.instances]:
+            keys.append((ROWS[row], demos, task.name, x.id))
+            if keys[-1] not in done:
+                todo.append((task, x))
+        bar.update(len(keys) - len(todo))
+        if todo:
+            answer = answerer(loaded, row, demos, group, {"max_new_tokens": o.max_output})
+        for batch in data.batches(todo, o.batch_size):
             for (task, x), text in zip(batch, answer(batch), strict=True):
-                record = {"bench": bench.options.bench, "row": ROWS[row], "demos": demos,
-                          "id": x.id, "task": task.name, "category": task.category,
+                record = {"bench": o.bench, "row": ROWS[row], "demos": demos, "id": x.id,
+                          "task": task.name, "category": task.category,
                           "prediction": text, "references": x.outputs}
                 done[ROWS[row], demos, task.name, x.id] = record
                 file.write(json.dumps(record) + "\n")
             file.flush()
             bar.update(len(batch))
-        records += [done[ROWS[row], demos, task.name, x.id] for task, x in pairs]
+        records += [done[key] for key in keys]
     bar.close()
     return records
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------- cost
 
-def run(options):
-    """Make every row at Def and Def + 2 Pos, score it, measure costs -> the results, as written to results.json."""
-    common.write_suite(options)
-    if options.bench == "sni" and options.data == common.SUITE:
-        raise common.UserError(f"--bench sni needs --data, a folder in its layout: {data.GET_SNI}")
-    if (options.bench == "p3") != (options.format == "p3"):
-        raise common.UserError(f"--bench {options.bench} with --format {options.format}: a model reads P3 as it was trained to; name "
-                               "a checkpoint or config of the other kind, or another --bench")
-    bench = Bench(options)
-    rows, out = bench.rows(), out_of(options)
-    done = open_predictions(out, options, bench.sources(rows))
-    scores, settings = [], (0,) if options.bench == "p3" else report.SETTINGS
+def measure_costs(loaded, wanted, settings) -> dict:
+    """{demos: {row: {"flops": .., "ms": .., "formula": ..}}} of one instance (`cost.of_rows`)."""
+    return cost.of_rows(loaded, wanted, settings, COST_INSTANCES, COST_REPEATS, way, data)
+
+
+def way(loaded, row, demos, pairs, size, limits):
+    """A function of no arguments that answers these pairs, all of one task, as the row does.
+
+    For what it costs: TAGI makes its adapter anew, and merges it, as one does for one task.
+    """
+    task, answer = pairs[0][0], None
+    if row == "teachers":                       # all cost the same; a test task has none
+        fresh = lora.init_weights(loaded.tagi.llm, loaded.tagi.options.rank, 0, 1)
+        answer = reader(loaded, demos, limits, teachers=(fresh, {task.name: 0}))
+    elif not row.startswith("tagi"):
+        answer = answerer(loaded, row, demos, [task], limits)
+
+    def in_batches(answer):
+        for batch in data.batches(pairs, size):
+            answer(batch)
+
+    def adapted_and_merged():
+        adapter = instructed(loaded, row, demos, [task])
+        loaded.tagi.merge(adapter)
+        in_batches(student(loaded, adapter, [task], limits))
+        loaded.tagi.unmerge()
+
+    return functools.partial(in_batches, answer) if answer else adapted_and_merged
+
+
+# ------------------------------------------------------------------------------------------- main
+
+def run(options) -> dict:
+    """What results.json holds: each row at Def and Def + 2 Pos, answered, scored, and its cost."""
+    sample.ensure_suite(options.data)
+    bench, split, out = options.bench, options.split, options.out
+    if bench == "sni" and options.data == sample.SUITE:
+        raise UserError(f"--bench sni needs --data, a folder in its layout: {data.GET_SNI}")
+    if (bench == "p3") != (options.format == "p3"):
+        raise UserError(f"--bench {bench} with --format {options.format}: a model reads P3 as "
+                        "it was trained to; name a checkpoint or config of the other kind, or "
+                        "another --bench")
+    loaded = Loaded(options)
+    unseen = os.path.isfile(data.split_file(options.data, split + "_unseen_wording"))
+    wanted = predictions.chosen_rows(loaded, has_unseen_wording=unseen)
+    if set(wanted) - HEURISTICS:
+        loaded.check_training_tasks()
+    sources = predictions.sources_of(loaded, wanted)
+    done = predictions.open_predictions(out, vars(options), sources, options.fresh)
+    settings = (0,) if bench == "p3" else tuple(report.SETTINGS)
+    results, published = [], []
     with open(f"{out}/predictions.jsonl", "a", encoding="utf-8") as file:
         try:
-            for row in rows:
-                for demos in settings:
-                    records = predict(bench, row, demos, done, file)
-                    scores.append({"key": row} | score(ROWS[row], demos, records, options.bench != "sni"))
+            for row, demos in itertools.product(wanted, settings):
+                records = predict(loaded, row, demos, done, file)
+                scores = report.score(ROWS[row], demos, records, strict=bench != "sni")
+                results.append({"key": row} | scores)
         except KeyboardInterrupt:
-            print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same command again to go on")
+            print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same "
+                  "command again to go on")
             sys.exit(130)
-    if {"tagi", "meta"} <= set(rows) and options.cost_repeats:
-        measure = measure_ranking if options.bench == "p3" else measure_cost
-        costs = {demos: measure(bench, demos, repeats=options.cost_repeats) for demos in settings}
-        for result in scores:
-            result |= costs[result["demos"]].get(result["key"], {})
-    published = []
-    if options.bench != "sample" and set(rows) - HEURISTICS:
-        published = {"sni": report.published_sni, "p3": report.published_p3}[options.bench](bench.tagi.llm.config)
-    tasks = {t.category for t in bench.tasks} if options.bench == "p3" else bench.tasks
-    return {"bench": options.bench, "split": options.split, "tasks": len(tasks), "listed": bench.listed,
-            "results": scores, "published": published, "versions": common.versions()}
+    if {"tagi", "meta"} <= set(wanted):                 # all costs are told relative to meta's
+        costs = measure_costs(loaded, wanted, settings)
+        for result in results:
+            result |= costs.get(result["demos"], {}).get(result["key"], {})
+    if bench == "p3":
+        tasks, listed = {task.category for task in loaded.tasks}, len(p3.TEST)
+        published = report.published_p3(loaded.tagi.llm.config)
+    else:
+        tasks, listed = loaded.tasks, len(data.listed_tasks(options.data, split))
+        if bench == "sni" and set(wanted) - HEURISTICS:
+            published = report.published_sni(loaded.tagi.llm.config)
+    return {"bench": bench, "split": split, "tasks": len(tasks), "listed": listed,
+            "results": results, "published": published, "versions": common.versions()}
 
 
-def out_of(options):
-    return options.out or os.path.join(options.runs, "evaluate")
-
-
-def open_predictions(out, options, sources) -> dict:
-    """What an evaluation of the same models and data has predicted so far, {(row, demos, task, id): record}.
-
-    Predictions of other models or data are set aside as predictions.jsonl.1, .2 and so on.
-    """
-    common.make_folder(out)
-    path, record, done = f"{out}/predictions.jsonl", f"{out}/config.yaml", {}
-    if os.path.isfile(path):
-        before = common.read_yaml(record, "choose another --out, or start over with --fresh").get("sources", {})
-        if options.fresh or any(before.get(key, mark) != mark for key, mark in sources.items()):
-            os.replace(path, next(name for n in itertools.count(1) if not os.path.exists(name := f"{path}.{n}")))
-        else:
-            sources = before | sources
-            with open(path, encoding="utf-8") as f:
-                text = f.read()
-            lines = text[:text.rfind("\n") + 1]                             # one that was cut off goes
-            common.write_text(path + ".tmp", lines)
-            os.replace(path + ".tmp", path)
-            if lines:
-                done = {(r["row"], r["demos"], r["task"], r["id"]): r for r in data.read_json_lines(
-                    path, "start over with --fresh", row=str, demos=int, task=str, id=object, prediction=str)}
-    common.write_yaml(record, {**vars(options), "sources": sources, "versions": common.versions()})
-    return done
-
-
-FLOORS = {"floor": ["tagi"], "floor_margin": ["tagi", "tagi_shuffled"], "floor_meta": ["meta"],
-          "floor_share": ["tagi", "meta"]}      # option -> the rows it is about
-
-
-def missed_floors(results: list[dict], options) -> list[str]:
-    """One line for every floor that exact match misses at a setting. results: those of `run`."""
-    missed = []
-    for demos in dict.fromkeys(r["demos"] for r in results):
-        em = {r["key"]: r["exact_match"] for r in results if r["demos"] == demos}
-        right, wrong, meta = em.get("tagi"), em.get("tagi_shuffled"), em.get("meta")
-        at = report.SETTINGS[demos]
-        if options.floor is not None and right < options.floor:
-            missed.append(f"{at}: TAGI's exact match of {right:.1f} misses the floor of "
-                          f"{options.floor:g}")
-        if options.floor_margin is not None and right < wrong + options.floor_margin:
-            missed.append(f"{at}: TAGI's exact match of {right:.1f} is less than "
-                          f"{options.floor_margin:g} above the {wrong:.1f} with the shuffled one")
-        if options.floor_meta is not None and meta < options.floor_meta:
-            missed.append(f"{at}: the meta-trained row's exact match of {meta:.1f} misses the "
-                          f"floor of {options.floor_meta:g}")
-        if options.floor_share is not None and right < options.floor_share * meta:
-            missed.append(f"{at}: TAGI's exact match of {right:.1f} is less than "
-                          f"{options.floor_share:g} times the meta-trained row's {meta:.1f}")
-    return missed
-
-
-def bench_of_predictions(options) -> str:
-    """Which benchmark --rescore's file is of, and so by which rule it is scored.
-
-    The file's own lines say it, or the config.yaml that an evaluation left beside it; else --bench,
-    by default sni. Raises UserError where they name two.
-    """
-    remedy = "--rescore reads predictions, one JSON object a line"
-    records = data.read_json_lines(options.rescore, remedy)
-    found = {r["bench"] for r in records if isinstance(r.get("bench"), str)}
-    beside = os.path.join(os.path.dirname(options.rescore), "config.yaml")
-    if not found and os.path.isfile(beside):
-        written = common.read_yaml(beside, "move it away, or the predictions elsewhere")
-        found = {written["bench"]} if {"bench", "sources"} <= written.keys() else set()
-    if options.bench:
-        found.add(options.bench)
-    if len(found) > 1:
-        raise common.UserError(f"{options.rescore}: scores follow the rule of one benchmark, "
-                               f"not {' and '.join(sorted(found))}; drop --bench or split the file")
-    return found.pop() if found else "sni"
-
-
-def rescore(options):
-    """The results of predictions that are there, in our own form or the official one; a missing one scores as empty."""
-    remedy = "--rescore reads predictions, one JSON object a line"
-    records = data.read_json_lines(options.rescore, remedy, id=object, prediction=str)
-    rows, official, scores = {}, None, []
-    if options.references:
-        lines = data.read_json_lines(options.references, "--references reads the official test_references.jsonl", id=object,
-                                     references=list)
-        official = {str(r["id"]): r for r in lines if r.get("track", "default") == "default"}  # the file has another track too
-    for r in records:
-        row, demos = r.get("row", os.path.basename(options.rescore)), r.get("demos")
-        group = rows.setdefault((str(row), demos if demos in report.SETTINGS else None), {})
-        key = str(r.get("task")), str(r["id"])
-        if key in group:
-            raise common.UserError(f"{options.rescore} holds two predictions of {r['id']}; keep one")
-        group[key] = r
-    for (row, demos), group in rows.items():
-        given, scored = {name: r["prediction"] for (_, name), r in group.items()}, list(group.values())
-        own = all(data.is_texts(r.get("references")) and isinstance(r.get("task"), str) and isinstance(r.get("category"), str)
-                  for r in scored)
-        unknown = [] if official is None else [name for name in given if name not in official]
-        if official is None and not own:
-            raise common.UserError(f"{options.rescore}: predictions without references, task and category; name the official "
-                                   "reference file with --references")
-        if unknown and not (own and len(unknown) == len(given)):            # our file's teachers answer training tasks
-            raise common.UserError(f"{options.rescore}: {len(unknown)} ids are not in {options.references}: "
-                                   f"{', '.join(unknown[:3])} …; name the reference file of these predictions")
-        if official is not None and not unknown:
-            scored = [{"task": str(r.get("task_id", "all")), "category": str(r.get("task_category", "all")),
-                       "references": r["references"], "prediction": given.get(name, "")} for name, r in official.items()]
-            if missing := len(official) - len(given):
-                print(f"{row}: {missing} of {len(official)} instances have no prediction and score as empty")
-        scores.append(score(row, demos, scored, options.bench != "sni"))
-    return {"bench": options.bench, "split": "rescored", "results": scores, "published": [], "versions": common.versions()}
-
-
-def answer(options):
-    """One instruction, some inputs: what a user does with a trained model; where none is named, with the one in assets/."""
-    named = options.checkpoint or (options.config, options.runs) != ("configs/sample.yaml", "runs/sample")
+def answer_inputs(options) -> None:
+    """Print an answer to each --input by --instruction: what a user does with a trained model."""
+    default = ("configs/sample.yaml", "runs/sample")
+    named = options.checkpoint or (options.config, options.runs) != default
     checkpoint = checkpoint_of(options) if named else OWN
     if not options.instruction.strip() or not options.input:
-        raise common.UserError("--instruction needs some text, and at least one --input")
+        raise UserError("--instruction needs some text, and at least one --input")
     tagi = TAGI.load(checkpoint, options.device, options.precision)
-    if unknown := data.unknown_words(tagi.tokenizer, [options.instruction, *options.input]):
+    unknown = t5.unknown_words(tagi.tokenizer, [options.instruction, *options.input])
+    if unknown:
         print(f"warning: words the model does not know: {', '.join(unknown)}", file=sys.stderr)
-    for text in tagi.generate(options.input, tagi.adapt([options.instruction]), max_new_tokens=options.max_output):
+    adapter = tagi.adapt([options.instruction])
+    for text in tagi.generate(options.input, adapter, max_new_tokens=options.max_output):
         print(text)
 
 
 @common.command
 def main(argv=None):
     options = config.parse(parser(), "evaluate", argv)
-    rows = ROWS if options.rows is None else options.rows.split(",")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise common.UserError("evaluation is one process; start it with python evaluate.py")
+        raise UserError("evaluation is one process; start it with python evaluate.py")
     if options.input and options.instruction is None:
-        raise common.UserError("--input needs an --instruction to answer it by")
-    for name, needed in FLOORS.items():
-        if getattr(options, name) is None:
-            continue
-        flag, absent = "--" + name.replace("_", "-"), [row for row in needed if row not in rows]
-        if absent:
-            raise common.UserError(f"{flag} is about {' and '.join(absent)}, which --rows leaves "
-                                   "out; drop one of them")
-        if options.rescore or options.ablations or options.instruction is not None:
-            raise common.UserError(f"{flag} is for an evaluation, not for --rescore, --ablations "
-                                   "or --instruction; drop it")
-    options.bench = bench_of_predictions(options) if options.rescore else options.bench or "sample"
+        raise UserError("--input needs an --instruction to answer it by")
+    if options.instruction is not None:
+        return answer_inputs(options)
+    if options.ablations:
+        return report.tell_ablations(options.runs, options.split)
+    if options.rescore:
+        results = predictions.rescore(options.rescore, options.references, options.bench)
+        return report.tell(results, options.out)
+    options.bench = options.bench or "sample"
     options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
     options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
-    if options.instruction is not None:
-        return answer(options)
-    if options.ablations:
-        return report.ablations(options)
-    results = rescore(options) if options.rescore else run(options)
-    if options.bench == "p3":
-        text = report.p3_table(results)
-    else:
-        text = report.main_table(results) + "\n\n" + report.category_table(results)
-    print(text)
-    if options.out or not options.rescore:
-        out = out_of(options)
-        common.make_folder(out)
-        common.write_text(f"{out}/results.json", json.dumps(results, indent=1))
-        common.write_text(f"{out}/results.md", text + "\n")
-        if options.bench != "p3":
-            report.category_chart(results, f"{out}/categories.png")
-    missed = [] if options.rescore else missed_floors(results["results"], options)
-    if missed:
-        sys.exit("\n".join(missed))
+    options.out = options.out or os.path.join(options.runs, "evaluate")
+    report.tell(run(options), options.out)
 
 
 if __name__ == "__main__":

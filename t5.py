@@ -1,11 +1,24 @@
-"""What one must know of Transformers' T5: which checkpoints are read, and that all of one arrives."""
+"""What one must know of Transformers' T5: loading all of a checkpoint, and running it in parts.
+
+    N  examples      S  encoder positions     C  target tokens     M  answer choices
+    D  d_model       V  vocabulary
+"""
+import contextlib
+import glob
 import hashlib
 import logging
 import os
 import re
+import string
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, T5Config
+from transformers.modeling_outputs import BaseModelOutput
 
+import common
 from common import UserError, named_file
 
 # model_type in config.json; ByT5, Flan-T5, T0, Tk-Instruct and MADLAD-400 are "t5"
@@ -19,7 +32,6 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     Raises UserError where it cannot be found or read, is of another family, is not whole, has
     weights that T5 does not know, or its tokenizer has no end token.
     """
-    from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
     from transformers import logging as hf_logging
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -72,6 +84,20 @@ def load_tokenizer(path: str):
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no end token; use a T5-family tokenizer")
     return tokenizer
+
+
+def unknown_words(tokenizer, texts: list[str]) -> list[str]:
+    """Those words of the texts, each once and in order, whose tokens hold the unknown token.
+
+    A word is what stands between white space, told without the ASCII punctuation around it.
+    """
+    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    rows = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    unknown = []
+    for word, row in zip(words, rows):
+        if tokenizer.unk_token_id in row:
+            unknown.append(word.strip(string.punctuation) or word)
+    return list(dict.fromkeys(unknown))
 
 
 def check_family(path: str, written: dict, attention: str) -> None:
@@ -128,6 +154,69 @@ def check_weights(path: str, llm, loading: dict, written: dict) -> None:
                             "save the whole model, merged and without prefixes")
 
 
+# ---------------------------------------------------------------------------- which T5 is frozen
+
+def llm_path(options, digests=None) -> str:
+    """Where the frozen LLM is: --llm base|meta|PATH. Raises UserError naming what makes it.
+
+    digests: of what the run that asks has read.
+    """
+    if options.llm == "base":
+        return base_path(options, digests)
+    if options.llm == "meta":
+        return meta_path(options, digests)
+    return options.llm
+
+
+def base_path(options, digests=None) -> str:
+    return finished_stage("base", options, digests) if options.model == "tiny" else options.model
+
+
+def meta_path(options, digests=None) -> str:
+    return options.meta_model or finished_stage("meta", options, digests)
+
+
+def finished_stage(stage: str, options, digests=None) -> str:
+    """The folder of train_teacher.py's stage. Raises UserError where it is not finished."""
+    folder = os.path.join(options.runs, stage)
+    if not common.is_finished(folder):
+        raise UserError(f"{folder} is not there or not finished; first run "
+                        f"python train_teacher.py --stage {stage}{config_flag(options)}")
+    record = common.read_yaml(f"{folder}/config.yaml", "train this stage again")
+    found = vars(options) | (digests or {})
+    common.check_digests(found, folder, record, ["data_digest"])    # stages may read other texts
+    return folder
+
+
+def config_flag(options) -> str:
+    """What a command that an error line tells the user to run needs beside its stage."""
+    return "" if options.config == "configs/sample.yaml" else f" --config {options.config}"
+
+
+def llm_of(folder: str, options) -> str:
+    """Where the frozen LLM of the TAGI in `folder` is, by its options."""
+    if not options.llm_is_relative:
+        return options.llm_path
+    return os.path.normpath(os.path.join(folder, options.llm_path))
+
+
+def tiny_t5(vocab_size: int, seed: int, d_model=64, layers=3, heads=4, d_ff=192):
+    """A T5 v1.1 (gated GELU, untied head) of random weights, started so that it trains fast."""
+    torch.manual_seed(seed)
+    llm = AutoModelForSeq2SeqLM.from_config(T5Config(
+        vocab_size=vocab_size, d_model=d_model, d_kv=d_model // heads, d_ff=d_ff,
+        num_layers=layers, num_heads=heads, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu_pytorch_tanh",        # gated-gelu's function, in one kernel
+        tie_word_embeddings=False, decoder_start_token_id=0))
+    with torch.no_grad():
+        llm.shared.weight *= 0.3
+    # Transformers 5 ties it whatever the config says.
+    llm.lm_head.weight = nn.Parameter(llm.shared.weight.detach() * 0.5)
+    return llm
+
+
+# --------------------------------------------------------------------------------------- digests
+
 def fingerprint(llm) -> str:
     """A short hash of the LLM's shapes and of a few of its values, the same in fp32 and bf16."""
     digest = hashlib.sha256()
@@ -137,6 +226,21 @@ def fingerprint(llm) -> str:
         digest.update(shape.encode() + values.tobytes())
     return digest.hexdigest()[:16]
 
+
+def weights_digest(path: str) -> str:
+    """A hash of every weights file in a checkpoint's folder; a hub name stands for itself."""
+    if not os.path.isdir(path):
+        return path
+    folder = glob.escape(path)
+    files = glob.glob(f"{folder}/**/*.safetensors", recursive=True) + glob.glob(f"{folder}/*.bin")
+    return common.files_digest(sorted(files), path)
+
+
+def tokenizer_digest(tokenizer) -> str:
+    return common.digest(repr(sorted(tokenizer.get_vocab().items())))
+
+
+# --------------------------------------------------------------------------- running it, in parts
 
 def self_attentions(llm) -> list:
     """The encoder's self-attention layers, one for each of its blocks.
@@ -151,5 +255,66 @@ def self_attentions(llm) -> list:
     blocks = llm.config.num_layers
     if len(found) != blocks:
         raise UserError(f"{type(llm).__name__}: {len(found)} self-attention layers for {blocks} "
-                        "encoder blocks, so fusion has no place; use --no-encoder-fusion")
+                        "encoder blocks, so fusion has no place there; use --fusion decoder")
     return found
+
+
+def logits(llm, input_ids, attention_mask, labels) -> torch.Tensor:
+    """Logits for the targets, (N, C, V), without the loss that `labels=` would make too."""
+    decoder_ids = llm.prepare_decoder_input_ids_from_labels(labels)
+    return llm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+               decoder_input_ids=decoder_ids).logits
+
+
+@contextlib.contextmanager
+def headless(llm):
+    """Within: the LLM returns, in place of its logits (N, C, V), what its head reads, (N, C, D).
+
+    The caller then runs the head, `get_output_embeddings()` afterwards, only where it needs it.
+    """
+    head = llm.get_output_embeddings()
+    llm.set_output_embeddings(nn.Identity())
+    try:
+        yield
+    finally:
+        llm.set_output_embeddings(head)
+
+
+def no_contexts():
+    return contextlib.nullcontext(), contextlib.nullcontext()
+
+
+def checkpoint_blocks(llm, contexts=no_contexts) -> None:
+    """Gradient checkpointing: keep each block's input alone; the backward pass runs it again.
+
+    LoRA weights are set from outside, so they must still be set then. contexts: called when a block
+    runs, returns the contexts of that run and of the repetition (torch.utils.checkpoint's
+    context_fn), which may set them again.
+    """
+    for module in llm.modules():
+        if not type(module).__name__.endswith("Block"):     # T5Block, MT5Block
+            continue
+
+        def run(*args, forward=module.forward, **kwargs):
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        module.forward = run
+
+
+def score_choices(llm, encoded, mask, labels, owner, normalize=False) -> list[list[float]]:
+    """log p(choice | its row) for all choices of N rows, as T0 ranks them (Sanh et al. 2022).
+
+    encoded: (N, S, D) the encoder's output, run once a row; mask: (N, S); labels: (M, C) the
+    choices' ids with their end token, −100 on padding; owner: (M,) each choice's row, in order.
+    llm: as its decoder is to run, LoRA weights per choice set already. normalize: per token, where
+    T0's rule is the sum.
+    """
+    states = BaseModelOutput(last_hidden_state=encoded[owner])              # (M, S, D)
+    logits = llm(encoder_outputs=states, attention_mask=mask[owner], labels=labels).logits
+    losses = F.cross_entropy(logits.float().mT, labels, reduction="none")   # (M, C), 0 on padding
+    scores = -losses.sum(1)
+    if normalize:
+        scores = scores / (labels != -100).sum(1)
+    counts = torch.bincount(owner, minlength=len(encoded))                  # (N,)
+    return [row.tolist() for row in scores.split(counts.tolist())]

@@ -1,19 +1,19 @@
 """Train the hypernetwork: an instruction in, an adapter for the frozen LLM out.
 
-    pretrain   Eq. 3: plain text cut at random into a | b | c; a goes into the hypernetwork as if it were an instruction,
-               b into the adapted LLM, which predicts c
-    finetune   Eq. 4-6: L = L_pred + λ1·L_kl + λ2·L_ins on training tasks; the student reads the instance alone, the
-               teacher (the same frozen LLM with a LoRA teacher's weights) instruction and instance
+    pretrain   Eq. 3: plain text cut at random into a | b | c; a goes into the hypernetwork as if it
+               were an instruction, b into the adapted LLM, which predicts c
+    finetune   Eq. 4-6: L = L_pred + λ1·L_kl + λ2·L_ins on training tasks; the student reads the
+               instance alone, the teacher (the same frozen LLM with a LoRA teacher's weights)
+               instruction and instance
 
 Launch:
-    python train_hyper.py --stage pretrain                      # the built-in suite, configs/sample.yaml
+    python train_hyper.py --stage pretrain                      # the built-in suite
     python train_hyper.py --stage finetune
     torchrun --nproc-per-node 8 train_hyper.py --stage finetune --config configs/my.yaml
 
-Table 4's ablations are one flag each: --no-pretrained, --no-fusion, --lambda-ce 0, --lambda-kl 0, --lambda-ins 0,
---no-hypernetwork.
+Table 4's ablations are one option each: --no-pretrained, --fusion none, --lambda-ce 0,
+--lambda-kl 0, --lambda-ins 0, --generator none.
 """
-import itertools
 import os
 import sys
 
@@ -25,327 +25,425 @@ from torch.utils.checkpoint import checkpoint
 import common
 import config
 import data
-import draw
 import lora
-import optim
 import t5
+from bench import sample
+from common import UserError
 from hypernet import TAGI
-from train_teacher import load_teachers
+
+# Letters of the shapes in comments:
+#   K  instructions (tasks)    S  instruction tokens    D  d_model       r  LoRA rank
+#   N  instances               T  input tokens          C  target tokens
+#   M  target positions that count, of the N·C          V  vocabulary    P  sites of one shape
+
+# --------------------------------------------------------------------------------------- options
+
+def number_or_sigmoid(text):                    # the type of --lambda-ins
+    return text if text == "sigmoid" else config.finite(text)
 
 
 def parser():
     p = config.Parser(__doc__)
     config.add_shared_options(p)
-    g = p.add_argument_group("stage")
-    g.add_argument("--stage", choices=["pretrain", "finetune"])
-    g.add_argument("--name", help="folder under --runs; default: the stage's name")
-    config.add_training_options(p, steps=20_000)
-    g = p.add_argument_group("student")
-    g.add_argument("--hypernetwork", default=True, help="generate LoRA weights; without: fusion alone", **config.flag)
-    g.add_argument("--generator", default="attention", choices=["attention", "mean"],
-                   help="how the instruction's states become a vector: attention per site, or the released code's mean")
-    g.add_argument("--width", type=config.positive, default=128, help="generator width")
-    g.add_argument("--bottleneck", type=config.positive, default=128, help="hidden width of the generator's MLPs")
-    g.add_argument("--fusion", default=True, help="--no-fusion switches off both parts of Eq. 1", **config.flag)
-    g.add_argument("--encoder-fusion", default=True, help="part 1: cross-attention in every encoder block", **config.flag)
-    g.add_argument("--decoder-fusion", default=True, help="part 2: the decoder sees (I_x ; encoder output)", **config.flag)
-    g.add_argument("--train-norms", default=False, help="the student's own layer norm gains", **config.flag)
-    g.add_argument("--train-embeddings", default=False, help="the student's own change to the embeddings", **config.flag)
-    g = p.add_argument_group("pretrain")
-    g.add_argument("--text", help="plain text or JSON lines, one document a line; default: --data's corpus.txt")
-    g.add_argument("--text-length", type=config.at_least(3), default=1024, help="tokens of a document cut into a | b | c")
-    g = p.add_argument_group("finetune")
-    g.add_argument("--pretrained", default=True, help="start from the pretrain stage", **config.flag)
-    g.add_argument("--lambda-ce", type=config.finite, default=1.0, help="weight of L_pred")
-    g.add_argument("--lambda-kl", type=config.finite, default=5.0, help="λ1, weight of L_kl")
-    g.add_argument("--lambda-ins", type=number_or_sigmoid, default="sigmoid", help="λ2, a number or `sigmoid` (of L_ins)")
-    g.add_argument("--alignment", default="factors", choices=["none", "factors", "product"], help="what L_ins compares")
-    g.add_argument("--kl-teacher", default="lora", help="lora (Eq. 5), meta, or a checkpoint with the same vocabulary")
-    g.add_argument("--teacher-demos", default=True, help="the teacher reads the demonstrations too, where the student's "
-                   "instruction has them", **config.flag)
-    g.add_argument("--temperature", type=config.at_least(0.01, config.finite), default=1.0,
-                   help="of both distributions in L_kl, which is then x T²")
-    g.add_argument("--standardize-logits", default=False, help="z-score both models' logits before the softmax",
-                   **config.flag)
+    config.add_training_options(p, ["pretrain", "finetune"], steps=20_000, text_length=1024)
+    add = p.add_argument_group("student").add_argument
+    add("--generator", default="attention", choices=["attention", "mean", "none"],
+        help="how instruction states become LoRA weights: by attention for each site, by the "
+             "released code's mean, or not at all (fusion alone)")
+    add("--width", type=config.positive, default=128, help="the generator's width")
+    add("--bottleneck", type=config.positive, default=128, help="hidden width of its MLPs")
+    add("--fusion", default="both", choices=["both", "encoder", "decoder", "none"],
+        help="Eq. 1: cross-attention in every encoder block, instruction states for the decoder")
+    add("--train-norms", default=False, **config.flag,
+        help="train gains of the student's own for the layer norms")
+    add("--train-embeddings", default=False, **config.flag,
+        help="train a change of the student's own to the embeddings")
+    add = p.add_argument_group("finetune").add_argument
+    add("--pretrained", default=True, **config.flag, help="start from the pretrain stage")
+    add("--lambda-ce", type=config.finite, default=1.0, help="weight of L_pred")
+    add("--lambda-kl", type=config.finite, default=5.0, help="λ1, weight of L_kl")
+    add("--lambda-ins", type=number_or_sigmoid, default="sigmoid",
+        help="λ2, weight of L_ins: a number, or sigmoid (of L_ins)")
+    add("--alignment", default="factors", choices=["none", "factors", "product"],
+        help="what L_ins compares: A with A and B with B, or the products B·A")
+    add("--kl-teacher", default="lora",
+        help="lora (Eq. 5), meta (stage meta), or a checkpoint with the same vocabulary")
+    add("--teacher-demos", default=True, **config.flag,
+        help="the teacher reads demonstrations too, where the student's instruction has them")
+    add("--temperature", type=config.at_least(0.01, config.finite), default=1.0,
+        help="of both distributions in L_kl, which is then multiplied by its square")
+    add("--standardize-logits", default=False, **config.flag,
+        help="z-score both models' logits before the softmax of L_kl, as the released code can")
     return p
 
 
-def number_or_sigmoid(text):
-    return text if text == "sigmoid" else config.finite(text)
+def get_options(argv=None):
+    """The options of the stage that is asked for. Raises UserError where nothing is to train."""
+    argv = sys.argv[1:] if argv is None else argv
+    stage = parser().parse_known_args(argv)[0].stage
+    if stage is None:
+        raise UserError("which stage? --stage pretrain or --stage finetune")
+    options = config.parse(parser(), stage, argv)
+    if options.generator == "none" and options.fusion == "none":
+        raise UserError("--generator none with --fusion none leaves nothing to train; drop one of "
+                        "them")
+    if stage == "pretrain":                                     # Eq. 3 has no teacher
+        options.lambda_ce, options.lambda_kl, options.lambda_ins = 1.0, 0.0, 0.0
+    elif not (options.lambda_ce or options.lambda_kl):
+        raise UserError("--lambda-ce 0 with --lambda-kl 0 leaves no loss on the labels; drop one "
+                        "of them")
+    return options
 
 
-# ----------------------------------------------------------------------------------------------------------- losses
-
-CHUNK = 256                        # target positions whose logits exist at a time; for T5's vocabulary 32 MB in float32
-
-
-def kl_loss(student, teacher, temperature=1.0, standardize=False):
-    """Eq. 5: KL(teacher ‖ student) summed over M target positions, × T². student, teacher: logits (M, V).
-
-    The teacher gets no gradient.
-    """
-    student, teacher = student.float(), teacher.float().detach()
-    if standardize:
-        student, teacher = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6) for x in (student, teacher))
-    log_s, log_t = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
-    return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature ** 2
+def aligns(options) -> bool:
+    """Whether L_ins takes part."""
+    return (options.generator != "none" and options.alignment != "none"
+            and options.lambda_ins != 0)
 
 
-def target_losses(student, teacher, targets, student_head, teacher_head, options, size=CHUNK):
-    """L_pred and L_kl, each summed over M target positions. student, teacher: what their heads read, (M, D); targets: (M,).
+# ------------------------------------------------------------------------------------------ data
 
-    teacher None: L_kl is 0. Logits are made for `size` positions at a time, and once more in the backward pass: (M, V)
-    never is.
-    """
-    def of_chunk(student, teacher, targets):
-        logits = student_head(student).float()                                                  # (M', V)
-        ce = F.cross_entropy(logits, targets, reduction="sum")
-        if teacher is None:
-            return ce, torch.zeros_like(ce)
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher)
-        return ce, kl_loss(logits, teacher_logits, options.temperature, options.standardize_logits)
+def targets(labels, device):
+    # Counted before they go to a GPU, which would have to be waited for.
+    return {"labels": labels.to(device), "positions": data.target_positions(labels).to(device)}
 
-    chunks = zip(student.split(size), itertools.repeat(None) if teacher is None else teacher.split(size), targets.split(size))
-    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return [sum(part) for part in zip(*parts)]
-
-
-def instruction_loss(weights, teacher, kind, lambda_ins):
-    """λ2 · L_ins of each of K tasks, and L_ins, (K,) both (Eq. 6); λ2 = sigmoid(L_ins) is a weight, without gradient."""
-    loss = lora.alignment_loss(weights, teacher, kind)
-    return (torch.sigmoid(loss.detach()) if lambda_ins == "sigmoid" else lambda_ins) * loss, loss
-
-
-# ---------------------------------------------------------------------------------------------------------- batches
 
 def pretrain_batches(options, tagi, n_micro):
     """Text cut at random into a | b | c: K instructions, K inputs, K targets."""
     documents = data.read_documents(options.text)
-    eos, pad, n = tagi.tokenizer.eos_token_id, tagi.tokenizer.pad_token_id, options.tasks * options.instances
-    deal = draw.by_length(lambda *at: draw.draw_documents(documents, draw.generator(options.seed, *at), n), options, n_micro)
+    tokenizer, device = tagi.tokenizer, options.device
+    n = options.tasks * options.instances
+
+    def draws(step, micro):
+        return data.draw_documents(documents, data.rng_of(options.seed, step, micro), n)
+
+    deal = data.by_length(draws, options.bucket_steps, options.seed, n_micro)
 
     def get_batch(step, micro):
-        rng = draw.generator(options.seed, step, micro, 3)
-        cuts = draw.cut_documents(deal(step, micro), tagi.tokenizer, 3, options.text_length, rng)
-        a, b, c = ([part + [eos] for part in parts] for parts in zip(*cuts))
-        return {"instruction": data.pad(a, pad, options.device), "input": data.pad(b, pad, options.device), "index": None,
-                **targets(data.pad(c, data.IGNORE)[0], options.device)}
+        rng = data.rng_of(options.seed, step, micro, 3)
+        cuts = data.cut_documents(deal(step, micro), tokenizer, 3, options.text_length, rng)
+        a, b, c = [], [], []                    # each a list of K rows of ids
+        for parts in cuts:
+            for rows, ids in zip((a, b, c), parts):
+                rows.append(ids + [tokenizer.eos_token_id])
+        return {"instruction": data.pad(a, tokenizer.pad_token_id, device),
+                "input": data.pad(b, tokenizer.pad_token_id, device),
+                **targets(data.pad(c, data.IGNORE)[0], device), "index": None}
 
     return get_batch
 
 
-def targets(labels, device):
-    """Labels (N, C), and the flat positions of the M that count."""
-    return {"labels": labels.to(device), "positions": data.target_positions(labels).to(device)}
-
-
-def finetune_batches(options, tagi, n_micro, tasks=None):
-    """K instructions, N instances: what the hypernetwork reads (K, S), the student (N, T), the teacher (N, T').
-
-    Where the same instruction is drawn twice it is there once. index: instance -> instruction, (N,); None where the
-    instances of each are a block of N / K. tasks: the training tasks, where they have been read.
-    """
-    tasks = data.training_tasks(options) if tasks is None else tasks
-    units = sorted({data.unit_of(task, options.unit) for task in tasks})
-    tokenizer, device, p = tagi.tokenizer, options.device, draw.chances(tasks, options.balance)
+def finetune_batches(options, tagi, n_micro, tasks):
+    """(the function (step, micro) -> batch, the names of the tasks' teachers)."""
+    tokenizer, device, verbatim = tagi.tokenizer, options.device, options.format == "p3"
+    teachers = sorted({data.teacher_of(task, options.unit) for task in tasks})
+    p = data.chances(tasks, options.balance)
 
     def draws(step, micro):
-        rng, demos = draw.generator(options.seed, step, micro), draw.n_demonstrations(options.demos, options.seed, step)
-        return draw.draw_tasks(tasks, rng, options.tasks, options.instances, demos, options.vary_demos, p)
+        rng = data.rng_of(options.seed, step, micro)
+        demos = data.n_demonstrations(options.demos, options.seed, step)
+        return data.draw_tasks(tasks, rng, options.tasks, options.instances, demos,
+                               options.vary_demos, p)
 
-    deal = draw.by_length(draws, options, n_micro)
+    deal = data.by_length(draws, options.bucket_steps, options.seed, n_micro)
 
     def get_batch(step, micro):
+        # An instruction that is drawn twice is there once, for all its instances.
+        rows = {}                               # (teacher, definition, demonstrations) -> number
+        index, inputs, outputs, prompts = [], [], [], []        # of N instances
         drawn = deal(step, micro)
-        keys = [(units.index(data.unit_of(d.task, options.unit)), d.definition, tuple(d.demonstrations)) for d in drawn]
-        distinct = list(dict.fromkeys(keys))
-        index = torch.tensor([distinct.index(key) for key in keys], device=device).repeat_interleave(options.instances)
-        pairs = [(d, prompt, *pair) for d in drawn for prompt, pair in zip(d.prompts, d.pairs)]
+        for draw in drawn:
+            teacher = teachers.index(data.teacher_of(draw.task, options.unit))
+            key = (teacher, draw.definition, tuple(draw.demonstrations))
+            row = rows.setdefault(key, len(rows))
+            demos = draw.demonstrations if options.teacher_demos else []
+            for prompt, (its_input, output) in zip(draw.prompts, draw.pairs):
+                index.append(row)
+                inputs.append(data.instance_text(its_input, verbatim))
+                outputs.append(output)
+                prompts.append((draw.definition, demos, prompt))
+        keys = list(rows)
         batch = {
-            "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in distinct], options.max_instruction, device),
-            "input": data.tokenize(tokenizer, [data.instance_text(x) for _, _, x, _ in pairs], options.max_input, device),
-            **targets(data.labels(tokenizer, [y for *_, y in pairs], options.max_output), device),
-            "index": index if len(distinct) < len(drawn) else None,
-            "unit": torch.tensor([unit for unit, *_ in distinct], device=device)}
-        if options.lambda_kl:
-            batch["prompt"] = data.tokenize_instructed(tokenizer, [
-                (d.definition, d.demonstrations if options.teacher_demos else [], prompt) for d, prompt, _, _ in pairs],
-                options.max_input, device)
+            # what the hypernetwork reads, (K, S), and the student, (N, T), each with its mask
+            "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in keys],
+                                                    options.max_instruction, device, verbatim),
+            "input": data.tokenize(tokenizer, inputs, options.max_input, device),
+            **targets(data.labels(tokenizer, outputs, options.max_output), device),     # (N, C)
+            # instance -> instruction, (N,); None where each one's instances are a block of N / K
+            "index": torch.tensor(index, device=device) if len(keys) < len(drawn) else None,
+            "teacher": torch.tensor([key[0] for key in keys], device=device)}           # (K,)
+        if options.lambda_kl:                   # what the teacher reads
+            batch["prompt"] = data.tokenize_instructed(tokenizer, prompts, options.max_input,
+                                                       device, verbatim)
         return batch
 
-    return get_batch, units
+    return get_batch, teachers
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------- model
 
-def settle(options):
-    """Give options the values that others imply."""
-    options.encoder_fusion &= options.fusion
-    options.decoder_fusion &= options.fusion
-    if options.stage == "pretrain":                                         # Eq. 3 has no teacher
-        options.lambda_ce, options.lambda_kl, options.lambda_ins = 1.0, 0.0, 0.0
-
-
-@common.command
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    stage = parser().parse_known_args(argv)[0].stage
-    if stage is None:
-        raise common.UserError("which stage? --stage pretrain or --stage finetune")
-    options = config.parse(parser(), stage, argv)
-    settle(options)
-    if not (options.hypernetwork or options.encoder_fusion or options.decoder_fusion):
-        raise common.UserError("--no-hypernetwork with --no-fusion leaves nothing to train; drop one of them")
-    if stage == "finetune" and not (options.lambda_ce or options.lambda_kl):
-        raise common.UserError("--lambda-ce 0 with --lambda-kl 0 leaves no loss on the labels; drop one of them")
-    rank, world = common.init_processes(options)
-    common.run_stage(os.path.join(options.runs, options.name or stage), options, rank, world, train,
-                     data.text_digest if stage == "pretrain" else data.tasks_digest)
-
-
-def train(options, rank, world):
-    folder = os.path.join(options.runs, options.name or options.stage)
-    path = common.llm_path(options)
+def make_student(options, run):
+    """(the TAGI to train, where its frozen LLM is)."""
+    path = t5.llm_path(options, run.found)
     llm, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
-    options.llm_is_relative = os.path.isdir(path)
-    options.llm_path = os.path.relpath(path, folder) if options.llm_is_relative else path
-    options.llm_fingerprint = t5.fingerprint(llm)
-    options.tokenizer_digest = common.tokenizer_digest(tokenizer)
+    is_local = os.path.isdir(path)
+    run.found |= {
+        "llm_is_relative": is_local,            # so that runs/ can be moved
+        "llm_path": os.path.relpath(path, run.folder) if is_local else path,
+        "llm_fingerprint": t5.fingerprint(llm),
+        "tokenizer_digest": t5.tokenizer_digest(tokenizer)}
     tagi = TAGI(llm, tokenizer, options)
-    parameters = tagi.trainable()
-    if not parameters:
-        raise common.UserError("these options leave nothing to train; drop --no-hypernetwork or --no-encoder-fusion")
-
+    if not tagi.trainable():                    # part 2 of fusion has no weights
+        raise UserError("these options leave nothing to train; choose --fusion both")
     if options.checkpointing:
-        lora.checkpoint_blocks(llm, tagi.repetition)
-
-    # What the stage needs from earlier ones.
-    tasks = teachers = teacher_llm = None
-    if options.stage == "pretrain":
-        get_batch = pretrain_batches(options, tagi, world * options.accumulate)
-    else:
-        tasks = data.training_tasks(options)
-        get_batch, units = finetune_batches(options, tagi, world * options.accumulate, tasks)
-        if aligns(options) or (options.lambda_kl and options.kl_teacher == "lora"):
-            teachers = load_teachers(os.path.join(options.runs, "lora"), units, llm, options,
-                                     f"python train_teacher.py --stage lora{common.config_flag(options)}")
-        if options.lambda_kl and options.kl_teacher != "lora":
-            teacher_llm = load_kl_teacher(options, path, tagi)
-    optimizer = optim.make_optimizer(parameters, options)
-    start = common.resume(folder, options, parameters, optimizer)
-    if options.stage == "finetune" and options.pretrained and start == 0:
-        start_from_pretrained(options, parameters)
-    common.begin(folder, options, rank)
-    if rank == 0 and tasks is not None:
-        data.write_training_tasks(folder, tasks)
-    stop, log = common.StopSignal(), common.Log(folder, options, start, rank)
-
-    for step in range(start, options.steps):
-        lr = optim.learning_rate(options, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batches = [get_batch(step, rank + world * i) for i in range(options.accumulate)]
-        # Means are over all label tokens, and all tasks, of the step's micro-batches and ranks.
-        counts = [sum(len(b["positions"]) for b in batches),
-                  sum(len(b["instruction"][0]) for b in batches), stop.asked]
-        n_tokens, n_tasks, stopping = common.sum_over_ranks(counts, options.device)
-        totals = {}
-        for batch in batches:
-            terms = losses(tagi, batch, teachers, teacher_llm, options, n_tokens, n_tasks)
-            terms["loss"].backward()
-            totals = {name: totals.get(name, 0) + term.detach() for name, term in terms.items()}
-
-        common.sum_gradients(parameters.values())
-        if options.clip:
-            nn.utils.clip_grad_norm_(parameters.values(), options.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log(step + 1, lr, totals)
-        finished = step + 1 == options.steps
-        if rank == 0 and (finished or stopping or (step + 1) % options.save_every == 0):
-            common.save_checkpoint(folder, options, parameters, optimizer, step + 1, finished)
-        if stopping and not finished:
-            common.leave(folder, step + 1, log)
-    log.close()
-    stop.leave_if_asked(options.device)
+        t5.checkpoint_blocks(llm, tagi.repetition)
+    return tagi, path
 
 
-def aligns(options):
-    """Whether L_ins takes part."""
-    return options.hypernetwork and options.alignment != "none" and options.lambda_ins != 0
+def start_from_pretrained(options, run, parameters):
+    """Fill the parameters that the pretrain stage has too; parts that are new here stay new."""
+    folder = os.path.join(options.runs, "pretrain")
+    if not common.is_finished(folder):
+        raise UserError(f"{folder} is not there or not finished; first run python train_hyper.py "
+                        f"--stage pretrain{t5.config_flag(options)}, or start without it: "
+                        "--no-pretrained")
+    old, new = vars(common.load_options(folder)), run.record()
+    keys = ["llm_fingerprint"]
+    if options.generator != "none":             # another alpha's weights would load, rescaled
+        keys += ["rank", "alpha", "targets", "generator", "width", "bottleneck"]
+    for key in keys:
+        if old.get(key, new[key]) != new[key]:
+            raise UserError(f"{folder} was trained with {key} {old[key]}, not {new[key]}; train it "
+                            "again with --fresh, or start without it: --no-pretrained")
+    common.check_digests(new, folder, old)
+    common.load_weights(parameters, folder, strict=False)
+
+
+def load_kl_teacher(options, run, llm_path, tagi):
+    """Another checkpoint as KL teacher; None where it is the frozen LLM, which needs no copy."""
+    is_meta = options.kl_teacher == "meta"
+    path = t5.meta_path(options, run.found) if is_meta else options.kl_teacher
+    if os.path.abspath(path) == os.path.abspath(llm_path):
+        return None
+    teacher, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
+    same_size = teacher.config.vocab_size == tagi.llm.config.vocab_size
+    if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or not same_size:
+        raise UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one "
+                        "that shares it")
+    return teacher.requires_grad_(False).eval()
+
+
+def run_teacher(tagi, teacher_llm, teachers, options, batch):
+    """(what the teacher's head reads at the M target positions, (M, D); the head)."""
+    ids, mask = batch["prompt"]
+    # The frozen LLM without any of the student's parts.
+    with tagi.adapted(None) as llm:
+        # Eq. 5: with LoRA teachers' weights, row k for the k-th block as the student's.
+        if options.kl_teacher == "lora":
+            its = batch["teacher"]
+            its = its if batch["index"] is None else its[batch["index"]]
+            lora.set_weights(llm, lora.select(teachers, its))
+        # Or another LLM.
+        llm = llm if teacher_llm is None else teacher_llm
+        with t5.headless(llm):
+            states = t5.logits(llm, ids, mask, batch["labels"])                     # (N, C, D)
+        head = llm.get_output_embeddings()
+
+    def run_head(states):
+        with tagi.adapted(None):
+            return head(states)
+    return states.flatten(0, 1).index_select(0, batch["positions"]), run_head
+
+
+# ---------------------------------------------------------------------------------------- losses
+
+CHUNK = 256     # target positions whose logits exist at a time; of T5's vocabulary 32 MB in float32
+
+
+def target_losses(student, teacher, targets, student_head, teacher_head, options, size=CHUNK):
+    """L_pred (Eq. 3, 4) and L_kl (Eq. 5), each summed over M target positions.
+
+    student, teacher: what their heads read, (M, D); targets: (M,). teacher None: L_kl is 0.
+    """
+    # Logits are made for `size` positions at a time, and once more in the backward pass: all of
+    # (M, V) never exists.
+    def of_chunk(student, teacher, targets):
+        logits = student_head(student).float()                                      # (size, V)
+        ce = F.cross_entropy(logits, targets, reduction="sum")
+        if teacher is None:
+            return ce, torch.zeros_like(ce)
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher)                                  # (size, V)
+        return ce, kl_loss(logits, teacher_logits, options.temperature, options.standardize_logits)
+
+    ce = kl = 0.0
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
+        its_teacher = None if teacher is None else teacher[rows]
+        its_ce, its_kl = checkpoint(of_chunk, student[rows], its_teacher, targets[rows],
+                                    use_reentrant=False, preserve_rng_state=False)
+        ce, kl = ce + its_ce, kl + its_kl
+    return ce, kl
+
+
+def kl_loss(student, teacher, temperature=1.0, standardize=False):
+    """Eq. 5: KL(teacher ‖ student) summed over M target positions, × T²; logits (M, V) both.
+
+    The teacher gets no gradient.
+    """
+    student, teacher = student.float(), teacher.float().detach()
+    if standardize:                             # z-scores
+        student, teacher = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+                            for x in (student, teacher))
+    log_s = F.log_softmax(student / temperature, -1)
+    log_t = F.log_softmax(teacher / temperature, -1)
+    return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature ** 2
+
+
+def instruction_loss(generated, teacher, kind, lambda_ins):
+    """Eq. 6: λ2 · L_ins of each of K tasks, and L_ins, (K,) both."""
+    loss = alignment_loss(generated, teacher, kind)
+    if lambda_ins == "sigmoid":                 # a weight, so it carries no gradient
+        lambda_ins = torch.sigmoid(loss.detach())
+    return lambda_ins * loss, loss
+
+
+def alignment_loss(generated, teacher, kind):
+    """L_ins of each of K tasks, (K,): mean squared error between two sets of LoRA weights."""
+    # ⟨B1·A1, B2·A2⟩ for each site and task, (P, K), from r × r Gram matrices, without forming
+    # D_out × D_in: ⟨B1·A1, B2·A2⟩ = ⟨B1ᵀB2, A1·A2ᵀ⟩.
+    def inner(A1, B1, A2, B2):
+        return ((B1.mT @ B2) * (A1 @ A2.mT)).sum((-2, -1))
+
+    shapes = {}                                 # (shape of A, of B) -> its sites, taken together
+    for name, (A, B) in generated.items():
+        shapes.setdefault((A.shape, B.shape), []).append(name)
+    total, count = 0.0, 0
+    for names in shapes.values():
+        A = torch.stack([generated[name][0] for name in names])                 # (P, K, r, D_in)
+        B = torch.stack([generated[name][1] for name in names])                 # (P, K, D_out, r)
+        A_t = torch.stack([teacher[name][0] for name in names])
+        B_t = torch.stack([teacher[name][1] for name in names])
+        if kind == "factors":                   # the paper's: A against A, B against B
+            errors = (A - A_t).square().sum((-2, -1)) + (B - B_t).square().sum((-2, -1))
+            count += len(names) * (A[0, 0].numel() + B[0, 0].numel())
+        else:                                   # ‖BA − B'A'‖², of what the layer computes: unique
+            errors = inner(A, B, A, B) - 2 * inner(A, B, A_t, B_t) + inner(A_t, B_t, A_t, B_t)
+            count += len(names) * B.shape[-2] * A.shape[-1]
+        total = total + errors.sum(0)                                               # (K,)
+    return total / count
 
 
 def losses(tagi, batch, teachers, teacher_llm, options, n_tokens, n_tasks):
-    """{"loss", "ce", "kl", "ins"} of a micro-batch: its share in the means over the step's n_tokens labels and n_tasks tasks."""
+    """Eq. 4: {"loss", "ce", "kl", "ins"} of a micro-batch, as shares of the step's means."""
     labels, positions, index = batch["labels"], batch["positions"], batch["index"]
+    # The teacher reads a and b.
     teacher = teacher_head = None
-    if options.lambda_kl:                                                   # the teacher reads a and b (Eq. 5)
+    if options.lambda_kl:
         with torch.no_grad():
-            teacher, teacher_head = run_teacher(tagi, teacher_llm, teachers, options, batch)    # (M, D)
-    ids, mask = batch["instruction"]
-    first, last = tagi.encode_instruction(ids, mask)                                            # (K, S, D)
-    adapter = tagi.generate_adapter(first, last, mask)                                          # once per instruction
+            teacher, teacher_head = run_teacher(tagi, teacher_llm, teachers, options, batch)
+    # The hypernetwork reads a, once for each instruction.
+    first, last = tagi.encode_instruction(*batch["instruction"])                    # (K, S, D)
+    adapter = tagi.generate_adapter(first, last, batch["instruction"][1])
     rows = adapter if index is None else adapter.select(index)
-    student = tagi.target_states(rows, *batch["input"], labels, positions)                      # (M, D), it reads b
-    ce, kl = target_losses(student, teacher, labels.flatten()[positions], lambda x: tagi.head(rows, x), teacher_head, options)
+    # The student reads b.
+    student = tagi.target_states(rows, *batch["input"], labels, positions)          # (M, D)
+    ce, kl = target_losses(student, teacher, labels.flatten()[positions],
+                           lambda states: tagi.head(rows, states), teacher_head, options)
+    # n_tokens and n_tasks are labels and tasks of all the step's micro-batches and ranks.
     terms = {"ce": ce / n_tokens}
     loss = options.lambda_ce * terms["ce"]
     if options.lambda_kl:
         terms["kl"] = kl / n_tokens
         loss = loss + options.lambda_kl * terms["kl"]
     if aligns(options):
-        weighted, ins = instruction_loss(adapter.weights, lora.select(teachers, batch["unit"]), options.alignment,
+        its_teachers = lora.select(teachers, batch["teacher"])
+        weighted, ins = instruction_loss(adapter.weights, its_teachers, options.alignment,
                                          options.lambda_ins)
         terms["ins"] = ins.sum() / n_tasks
         loss = loss + weighted.sum() / n_tasks
     return {"loss": loss, **terms}
 
 
-def run_teacher(tagi, teacher_llm, teachers, options, batch):
-    """The model that reads instruction and input: what its head reads at the M target positions, (M, D), and the head."""
-    ids, mask = batch["prompt"]
-    with tagi.adapted(None) as llm:                                         # the same LLM, none of the student's parts
-        if options.kl_teacher == "lora":                                    # row k for the k-th block, as the student's
-            units = batch["unit"] if batch["index"] is None else batch["unit"][batch["index"]]
-            lora.set_weights(llm, lora.select(teachers, units))
-        llm = llm if teacher_llm is None else teacher_llm
-        with lora.headless(llm):
-            states = lora.logits(llm, ids, mask, batch["labels"]).flatten(0, 1).index_select(0, batch["positions"])
-        head = llm.get_output_embeddings()
+# ------------------------------------------------------------------------------------------ loop
 
-    def run_head(states):
-        with tagi.adapted(None):
-            return head(states)
-    return states, run_head
+def train(options, run):
+    """Train a student in this run's folder."""
+    # Model.
+    tagi, path = make_student(options, run)
+    parameters = tagi.trainable()
+    # Data, and the teachers.
+    n_micro = run.world * options.accumulate
+    tasks = teachers = teacher_llm = None
+    if options.stage == "pretrain":
+        get_batch = pretrain_batches(options, tagi, n_micro)
+    else:
+        tasks = data.training_tasks(options)
+        get_batch, names = finetune_batches(options, tagi, n_micro, tasks)
+        if aligns(options) or (options.lambda_kl and options.kl_teacher == "lora"):
+            teachers = lora.load_teachers(
+                os.path.join(options.runs, "lora"), names, tagi.llm, run.record(),
+                f"python train_teacher.py --stage lora{t5.config_flag(options)}")
+        if options.lambda_kl and options.kl_teacher != "lora":
+            teacher_llm = load_kl_teacher(options, run, path, tagi)
+
+    # Where it starts: at 0, or where a run that was stopped left off.
+    optimizer = config.make_optimizer(parameters, options)
+    start = run.resume(parameters, optimizer)
+    if options.stage == "finetune" and options.pretrained and start == 0:
+        start_from_pretrained(options, run, parameters)
+    run.begin(path)
+    if run.rank == 0 and tasks is not None:
+        data.write_training_tasks(run.folder, tasks)
+
+    for step in range(start, options.steps):
+        lr = config.learning_rate(options, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # This rank's micro-batches, numbered among all ranks'.
+        micros = [run.rank + run.world * i for i in range(options.accumulate)]
+        batches = [get_batch(step, micro) for micro in micros]
+
+        # Means are over all label tokens, and all tasks, of the step's micro-batches and ranks.
+        n_tokens = sum(len(batch["positions"]) for batch in batches)
+        n_tasks = sum(len(batch["instruction"][0]) for batch in batches)
+        n_tokens, n_tasks, stopping = common.sum_over_ranks(
+            [n_tokens, n_tasks, run.stop.asked], options.device)
+        totals = {}
+        for batch in batches:
+            terms = losses(tagi, batch, teachers, teacher_llm, options, n_tokens, n_tasks)
+            terms["loss"].backward()
+            for name, term in terms.items():
+                totals[name] = totals.get(name, 0) + term.detach()
+
+        # One step with the gradients of all ranks.
+        config.sum_gradients(parameters.values())
+        if options.clip:
+            nn.utils.clip_grad_norm_(parameters.values(), options.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # Log, save when due, leave after a Ctrl-C.
+        run.after_step(step + 1, lr, totals, stopping, lambda step, finished:
+                       common.save_checkpoint(run.folder, run.record(), parameters, optimizer,
+                                              step, finished))
+    run.end()
 
 
-def load_kl_teacher(options, llm_path, tagi):
-    """Another checkpoint as KL teacher; None where it is the frozen LLM itself, which then needs no second copy."""
-    path = common.meta_path(options) if options.kl_teacher == "meta" else options.kl_teacher
-    if os.path.abspath(path) == os.path.abspath(llm_path):
-        return None
-    teacher, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
-    if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or teacher.config.vocab_size != tagi.llm.config.vocab_size:
-        raise common.UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one that shares it")
-    return teacher.requires_grad_(False).eval()
-
-
-def start_from_pretrained(options, parameters):
-    """The parameters that the pretrain stage has too; parts that are switched off here are left out, new ones stay new."""
-    folder = os.path.join(options.runs, "pretrain")
-    if not common.is_finished(folder):
-        raise common.UserError(f"{folder} is not there or not finished; first run python train_hyper.py --stage pretrain"
-                               f"{common.config_flag(options)}, or start without it: --no-pretrained")
-    old = vars(common.load_options(folder))
-    # alpha has no shape: with another one the same weights would load and be another update.
-    for key in ("llm_fingerprint", "rank", "alpha", "targets", "generator", "width", "bottleneck"):
-        new = getattr(options, key)
-        if (options.hypernetwork or key == "llm_fingerprint") and old.get(key, new) != new:
-            raise common.UserError(f"{folder} was trained with {key} {old[key]}, not {new}; "
-                                   "train it again with --fresh, or start without it: --no-pretrained")
-    common.check_digests(options, folder, old)
-    common.load_weights(parameters, folder, strict=False)
+@common.command
+def main(argv=None):
+    options = get_options(argv)
+    rank, world = common.init_processes(options.device)
+    sample.ensure_suite(options.data, rank)
+    common.wait_for_all_ranks()                 # rank 0 may be writing it
+    digests = data.tasks_digest(options)
+    if options.stage == "pretrain":
+        digests = data.text_digest(options.text)
+    folder = os.path.join(options.runs, options.name or options.stage)
+    run = common.Run(folder, options, rank, world, digests)
+    if not run.finished:
+        train(options, run)
 
 
 if __name__ == "__main__":

@@ -75,12 +75,9 @@ def make_llm(kind, seed=0, attention="sdpa"):
 
 def student_options(*flags, stage="finetune"):
     """The options that train_hyper.py hands to its stage when called with these flags."""
-    seen = []
     small = ["--rank=2", "--alpha=3", "--targets=q,v", "--width=16", "--bottleneck=6", "--max-output=8"]
-    with mock.patch.object(common, "run_stage", lambda *args: seen.append(args[1])), \
-            mock.patch.object(common, "read_yaml", lambda *args: {}):
-        train_hyper.main([f"--stage={stage}", "--device=cpu", *small, *flags])
-    return seen[0]
+    with mock.patch.object(common, "read_yaml", lambda *args: {}):
+        return train_hyper.get_options([f"--stage={stage}", "--device=cpu", *small, *flags])
 
 
 def make_tagi(kind="v1.1", *flags, seed=0, attention="sdpa"):

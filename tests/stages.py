@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")                    # a wrong path m
 
 import common
 import evaluate
-import sample
+from bench import sample
 import train_hyper
 import train_teacher
 from conftest import THREADS
@@ -54,13 +54,13 @@ def write_suite(root: Path) -> None:
 def write_config(path: Path, data: Path, runs: Path) -> None:
     """configs/sample.yaml with everything small: the same keys and stages, two steps each."""
     config = yaml.safe_load((ROOT / "configs" / "sample.yaml").read_text())
-    config |= {"data": str(data), "runs": str(runs), "threads": THREADS}
+    config |= {"data": str(data), "runs": str(runs)}
     config |= {"rank": 2, "alpha": 2, "max_output": 4}
-    config |= {"meta_model": None, "stages": ["base", "meta", "lora"]}        # all of it is trained here
+    config["meta_model"] = None                                         # all of it is trained here
     for stage in STAGES:
-        config[stage.replace("-", "_")] |= {"steps": 2, "tasks": 4, "log_every": 1}
+        config[stage.replace("-", "_")] |= {"steps": 2, "tasks": 4}
     text = {"text": str(data / "corpus.txt"), "text_length": 24}
-    config["base"] |= text | {"width": 16, "layers": 2, "ff": 16}
+    config["base"] |= text
     config["pretrain"] |= text | {"width": 16, "bottleneck": 16}
     config["lora"]["teachers_at_once"] = 16                             # all in one group
     config["finetune"] |= {"width": 16, "bottleneck": 16, "tasks": 3}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate
-import sample
+from bench import concepts, sample
 from hypernet import TAGI
 
 T5, SHIPPED = ROOT / "assets" / "t5-tiny", ROOT / "assets" / "tagi-tiny"
@@ -45,7 +45,7 @@ def test_the_t5_has_at_most_2_mb_and_all_weights_8():
 
 
 def test_the_t5_reads_what_the_suite_writes(tagi):
-    assert tagi.tokenizer.convert_ids_to_tokens(range(len(tagi.tokenizer))) == sample.vocabulary()
+    assert tagi.tokenizer.convert_ids_to_tokens(range(len(tagi.tokenizer))) == concepts.vocabulary()
 
 
 def test_natural_instructions_are_answered(tagi):

@@ -1,10 +1,11 @@
 """What a user types: every stage and flag runs, leaves the files it should, and options come from where they should."""
 import argparse
-import functools
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ import yaml
 pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
 from conftest import apart
-from stages import MODULES, ROOT, STAGES, call, process
+from stages import MODULES, ROOT, STAGES, call, environment, process
 
+import common
 import config
 import data
 import evaluate
-import report
+import t5
 import train_hyper
 import train_teacher
+from bench import report
 
 TERMS = {"base": {"loss"}, "meta": {"loss"}, "lora": {"loss"}, "lora-all": {"loss"},
          "pretrain": {"loss", "ce"},
@@ -28,7 +31,8 @@ TERMS = {"base": {"loss"}, "meta": {"loss"}, "lora": {"loss"}, "lora-all": {"los
 EVERY_ROW = ["TAGI, right instruction", "TAGI, shuffled instruction", "TAGI, empty instruction",
              "meta-trained, instruction in input", "meta-trained with one LoRA",
              "frozen LLM, no instruction",
-             "LoRA teachers, held-out instances of training tasks", "copy the input", "copy the first demonstration's output"]
+             "LoRA teachers, held-out instances of training tasks", "copy the input",
+             "copy the first demonstration's output"]
 UNSEEN_WORDING = ["TAGI, unseen wording", "meta-trained, unseen wording"]
 WITH_COST = set(EVERY_ROW) - {"copy the input", "copy the first demonstration's output"}
 
@@ -37,8 +41,7 @@ WITH_COST = set(EVERY_ROW) - {"copy the input", "copy the first demonstration's 
 
 def test_evaluate_runs_as_the_readme_calls_it(project):
     """A process of its own; test_resume.py has train_hyper.py's, test_distributed.py train_teacher.py's."""
-    done = process(*project.command("evaluate", "--rows=tagi", "--split=validation", "--floor=101"), code=1)
-    assert "101" in done.stderr.splitlines()[-1]
+    done = process(*project.command("evaluate", "--rows=tagi", "--split=validation"))
     assert "TAGI, right instruction" in done.stdout and "Def + 2 Pos" in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
 
@@ -71,9 +74,17 @@ def test_the_log_keeps_small_terms(finished):
     assert any(value != float(f"{value:.0e}") for value in values), values
 
 
-def test_the_log_has_a_line_every_log_every_steps_and_for_the_last(project):
-    project.run("meta", "--fresh", "--steps=5", "--log-every=2")
-    assert [row["step"] for row in project.log("meta")] == [2, 4, 5]
+@pytest.mark.parametrize("steps, every", [(5, 1), (199, 1), (205, 2), (1999, 19), (8007, 20)])
+def test_the_log_has_about_a_hundred_lines_or_one_every_20_steps_and_one_for_the_last(
+        tmp_path, steps, every):
+    options = argparse.Namespace(steps=steps, device="cpu")
+    log = common.Log(str(tmp_path), options, start=0, rank=0)
+    for step in range(1, steps + 1):
+        log(step, 0.1, {"loss": torch.tensor(1.0)})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {*range(every, steps + 1, every), steps}
+    assert len(rows) == -(-steps // every)
 
 
 def test_a_stage_prints_its_folder_steps_and_effective_batch(project):
@@ -106,9 +117,81 @@ def test_an_llm_of_a_stage_loads_with_transformers_auto_classes(finished, stage)
 
 def test_train_teacher_without_stage_runs_the_stages_of_the_config_in_order(finished, tmp_path):
     project = finished.copy(tmp_path / "runs", ())
-    out = project.run(None, "--stages=base,meta")
-    assert out.index(f"{project.runs / 'base'}: 2 steps") < out.index(f"{project.runs / 'meta'}: 2 steps")
-    assert sorted(path.name for path in project.runs.iterdir()) == ["base", "meta"]
+    out = project.run(None)
+    stages = ["base", "meta", "lora", "lora-all"]
+    begun = [out.index(f"{project.runs / stage}: 2 steps") for stage in stages]
+    assert begun == sorted(begun)
+    assert sorted(path.name for path in project.runs.iterdir()) == sorted(stages)
+
+
+@pytest.mark.parametrize("sections, flags, stages", [
+    ("lora_all base lora meta", [], ["base", "meta", "lora", "lora-all"]),  # not the file's order
+    ("meta lora", [], ["meta", "lora"]),
+    ("base meta lora lora_all pretrain finetune", ["--meta-model=there"], ["lora", "lora-all"]),
+    ("base meta lora", ["--meta-model=there", "--model=t5"], ["lora"]),
+    ("base meta lora", ["--model=t5"], ["meta", "lora"]),
+    ("base meta lora", ["--meta-model=there", "--stage=meta"], ["meta"]),
+    ("lora", ["--stage=lora-all"], ["lora-all"])],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_stages_that_a_checkpoint_makes_needless_are_left_out(tmp_path, sections, flags, stages):
+    """base and meta where a meta-trained model is there, base where there is any to begin with."""
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(f"{section}: {{steps: 2}}\n" for section in sections.split()))
+    assert train_teacher.stages_of([f"--config={path}", *flags]) == stages
+
+
+def test_a_curriculum_has_easy_tasks_first_demonstrations_last_and_inputs_alone(
+        finished, monkeypatch):
+    """Ten steps: easy tasks in two, demonstrations in the last five, in between half of the draws
+    without instruction."""
+    monkeypatch.setattr(train_teacher, "EASY_FIRST", 0.2)
+    monkeypatch.setattr(train_teacher, "DEMOS_AFTER", 0.5)
+    monkeypatch.setattr(train_teacher, "UNINSTRUCTED", 0.5)
+    words = finished.argv("meta", "--curriculum", "--steps=10", "--tasks=20", "--demos=2")
+    options = config.parse(train_teacher.parser(), "meta", words)
+    tasks = data.training_tasks(options)
+    first_wording = {task.name: task.definitions[0] for task in tasks}
+    answers = {task.name: [output for x in task.instances for output in x.outputs]
+               for task in tasks}
+    draws = train_teacher.curriculum_draws(tasks, options)
+    seen = {"other wording": 0, "longer": 0, "no instruction": 0, "demonstrations": 0}
+    for step in range(10):
+        for draw in draws(step, 0):
+            name = draw.task.name
+            other = draw.definition not in ("", first_wording[name])
+            longer = max(len(output.split()) for output in answers[name]) > 2
+            if step < 2:
+                assert draw.definition and not other and not longer
+            assert not draw.demonstrations or step >= 5
+            assert draw.demonstrations or step < 5 or not draw.definition
+            seen["other wording"] += other
+            seen["longer"] += longer
+            seen["no instruction"] += not draw.definition
+            seen["demonstrations"] += bool(draw.demonstrations)
+    assert all(seen.values()) and 40 < seen["no instruction"] < 120, seen   # half of 160
+
+
+def test_a_curriculums_learning_rate_starts_anew_with_its_demonstrations(project, monkeypatch):
+    monkeypatch.setattr(train_teacher, "DEMOS_AFTER", 0.5)
+    project.run("meta", "--fresh", "--steps=8", "--warmup=0.25", "--schedule=linear", "--lr=0.04")
+    rates = [0.04, 0.04, 0.04 * 2 / 3, 0.04 / 3]                # four steps, warm-up in the first
+    assert [row["lr"] for row in project.log("meta")] == pytest.approx(rates * 2)
+    project.run("meta", "--fresh", "--steps=8", "--warmup=0.25", "--schedule=linear", "--lr=0.04",
+                "--no-curriculum")
+    rates = [0.02, 0.04, *(0.04 * n / 6 for n in (6, 5, 4, 3, 2, 1))]
+    assert [row["lr"] for row in project.log("meta")] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_learning_rate_starts_anew_after_a_share_of_the_steps(schedule):
+    """As if there were two trainings, of 71 and 29 steps; without a restart there is one."""
+    def rates(steps, restart=0.0):
+        options = argparse.Namespace(steps=steps, lr=0.01, warmup=0.1, schedule=schedule)
+        return [config.learning_rate(options, step, restart) for step in range(steps)]
+    assert rates(100, 0.71) == rates(71) + rates(29)
+    one = rates(100)
+    assert one[9] == max(one) == 0.01 and one[0] == 0.001
+    assert (one[-1] < 0.001) == (schedule != "constant")
 
 
 def test_the_frozen_llm_may_be_the_base_model_or_a_folder(project):
@@ -130,11 +213,11 @@ ALL = {"generator", "fusion", "norm_gains", "embedding_delta"}
 
 @pytest.mark.parametrize("flags, terms, parts", [
     (["--no-pretrained"], {"ce", "kl", "ins"}, ALL),
-    (["--no-fusion"], {"ce", "kl", "ins"}, ALL - {"fusion"}),
+    (["--fusion=none"], {"ce", "kl", "ins"}, ALL - {"fusion"}),
     (["--lambda-ce=0"], {"ce", "kl", "ins"}, ALL),
     (["--lambda-kl=0"], {"ce", "ins"}, ALL),
     (["--lambda-ins=0"], {"ce", "kl"}, ALL),
-    (["--no-hypernetwork"], {"ce", "kl"}, ALL - {"generator"}),
+    (["--generator=none"], {"ce", "kl"}, ALL - {"generator"}),
     (["--generator=mean", "--no-pretrained"], {"ce", "kl", "ins"}, ALL),
     (["--alignment=factors"], {"ce", "kl", "ins"}, ALL),
     (["--alignment=none"], {"ce", "kl"}, ALL),
@@ -145,8 +228,8 @@ ALL = {"generator", "fusion", "norm_gains", "embedding_delta"}
     (["--temperature=3"], {"ce", "kl", "ins"}, ALL),
     (["--no-train-embeddings"], {"ce", "kl", "ins"}, ALL - {"embedding_delta"}),
     (["--no-train-norms"], {"ce", "kl", "ins"}, ALL - {"norm_gains"}),
-    (["--no-decoder-fusion"], {"ce", "kl", "ins"}, ALL),
-    (["--no-encoder-fusion"], {"ce", "kl", "ins"}, ALL - {"fusion"}),
+    (["--fusion=encoder"], {"ce", "kl", "ins"}, ALL),
+    (["--fusion=decoder"], {"ce", "kl", "ins"}, ALL - {"fusion"}),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 @pytest.mark.numbers
 def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, terms, parts):
@@ -166,19 +249,17 @@ def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, term
         else:
             assert expected - 1e-3 < row["loss"] < expected + row["ins"] + 1e-3
     record = project.record("other")
-    assert record["finished"] and record["fusion"] == ("--no-fusion" not in flags)
+    fusion = [flag.removeprefix("--fusion=") for flag in flags if flag.startswith("--fusion")]
+    assert record["finished"] and record["fusion"] == (fusion or ["both"])[0]
     assert evaluate.TAGI.load(str(project.runs / "other")).adapt(["Find the city ."]).mask.any()
 
 
-@pytest.mark.parametrize("stage, flags", [("meta", ["--checkpointing"]), ("lora", ["--checkpointing"]),
-                                          ("finetune", ["--checkpointing"]), ("meta", ["--compile"])])
+@pytest.mark.parametrize("stage", ["meta", "lora", "finetune"])
 @pytest.mark.numbers
-def test_checkpointing_and_compiling_train_the_same(project, stage, flags, monkeypatch):
-    """Against the fixture's stage: the same losses, the second of which is after a step. Weights too, but for meta, whose Muon
-    makes much of rounding. The compiler traces only: code made of it would take minutes."""
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compile_(self, backend="eager", **kwargs))
-    project.run(stage, "--name=other", *flags)
+def test_checkpointing_trains_the_same(project, stage):
+    """Against the fixture's stage: the same losses, the second of which is after a step. Weights
+    too, but for meta, whose Muon makes much of rounding."""
+    project.run(stage, "--name=other", "--checkpointing")
     losses = [[row["loss"] for row in project.log(name)] for name in (stage, "other")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert abs(losses[0][0] - losses[0][1]) > 0.01
@@ -189,14 +270,46 @@ def test_checkpointing_and_compiling_train_the_same(project, stage, flags, monke
             assert apart(a, b, project.record(stage)["lr"]) < 0.03
 
 
-def test_compiling_with_checkpointing_is_refused(project):
-    assert "choose one of them" in project.refuses("meta", "--name=other", "--compile", "--checkpointing")
-
-
 def test_no_fusion_is_both_parts_off(project):
-    project.run("finetune", "--name=other", "--no-fusion")
+    project.run("finetune", "--name=other", "--fusion=none")
+    assert project.record("other")["fusion"] == "none"
+    tagi = evaluate.TAGI.load(str(project.runs / "other"))
+    adapter = tagi.adapt(["Find the city ."])
+    ids, mask = data.tokenize(tagi.tokenizer, ["Anna went to Paris ."], 64)
+    with tagi.adapted(adapter):
+        memory, _ = tagi.encode(ids, mask)
+    assert not tagi.fusion and not adapter.fusion                   # the encoder's part
+    assert memory[0].shape[:2] == ids.shape                         # the decoder's
+
+
+@pytest.mark.parametrize("flags, earlier", [
+    ([], {"hypernetwork": True, "encoder_fusion": True, "decoder_fusion": True}),
+    (["--fusion=encoder"], {"hypernetwork": True, "encoder_fusion": True, "decoder_fusion": False}),
+    (["--fusion=decoder"], {"hypernetwork": True, "encoder_fusion": False, "decoder_fusion": True}),
+    (["--fusion=none"], {"hypernetwork": True, "encoder_fusion": False, "decoder_fusion": False}),
+    (["--generator=none"], {"hypernetwork": False, "encoder_fusion": True, "decoder_fusion": True})],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_a_student_of_earlier_code_whose_switches_had_other_names_still_loads(
+        project, flags, earlier):
+    project.run("finetune", "--name=other", *flags)
+    folder = project.runs / "other"
     record = project.record("other")
-    assert not record["encoder_fusion"] and not record["decoder_fusion"]
+
+    def answers():
+        tagi = evaluate.TAGI.load(str(folder))
+        ids, mask = data.tokenize(tagi.tokenizer, ["Anna went to Paris ."], 64)
+        labels = data.labels(tagi.tokenizer, ["Paris"], 8)
+        return tagi(tagi.adapt(["Find the city ."]), ids, mask, labels)
+
+    expected = answers()
+    fusion = earlier["encoder_fusion"] or earlier["decoder_fusion"]
+    before = record | earlier | {"generator": "attention", "fusion": fusion, "threads": 0,
+                                 "log_every": 20, "restart": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(before))
+    options = common.load_options(str(folder))
+    assert (options.fusion, options.generator) == (record["fusion"], record["generator"])
+    assert torch.equal(answers(), expected)
+    assert "nothing to do" in project.run("finetune", "--name=other", *flags)
 
 
 def test_teachers_and_students_per_task(project):
@@ -221,9 +334,9 @@ def test_a_flag_that_needs_another_pretrained_student_says_what_to_do(project, f
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The cost of three instances of one task, timed once: the table's form, not its figures."""
-    cost = functools.partial(evaluate.measure_cost, n=3, n_tasks=1)
-    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: cost(bench, demos, repeats=1))
+    """The cost of three instances of a task, timed once: the table's form, not its figures."""
+    monkeypatch.setattr(evaluate, "COST_INSTANCES", 3)
+    monkeypatch.setattr(evaluate, "COST_REPEATS", 1)
 
 
 def strict_match(prediction, references):
@@ -272,30 +385,135 @@ def test_the_copying_rows_copy(project, quick):
 
 
 def test_evaluate_takes_another_checkpoint_and_another_folder_for_results(project, tmp_path):
-    project.run("finetune", "--name=other", "--no-hypernetwork")
+    project.run("finetune", "--name=other", "--generator=none")
     project.run("evaluate", "--rows=tagi", "--checkpoint", project.runs / "other", "--out", tmp_path / "out")
     _, results, _ = read(tmp_path / "out")
-    assert [(r["row"], r["demos"]) for r in results["results"]] == [("TAGI, right instruction", 0), ("TAGI, right instruction", 2)]
+    assert [(r["row"], r["demos"]) for r in results["results"]] == [
+        ("TAGI, right instruction", 0), ("TAGI, right instruction", 2)]
     assert not (project.runs / "evaluate").exists()
 
 
-def test_ablations_retrain_finetuning_for_every_row_once(project, quick, monkeypatch):
-    """On one seed, the commands run in this process; a second run trains and scores nothing again."""
-    called = []
+# ---------------------------------------------------------------------------- shell scripts
 
-    def python(*words):
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        called.append(words[at:])
-        call({"train_teacher.py": train_teacher, "train_hyper.py": train_hyper, "evaluate.py": evaluate}[words[at]], *words[at + 1:])
+RECORD = """#!/bin/bash
+printf '%s\\t' "$(basename "$0")" "$@" >> commands
+echo >> commands
+"""
 
-    monkeypatch.setattr(report, "python", python)
-    table = project.run("evaluate", "--ablations", "--seeds=1")
+
+class Script:
+    """A script of the repository in a folder where its commands are written down, not run.
+
+    python: what .venv/bin/python does beside that, in bash.
+    """
+
+    def __init__(self, folder, script, python=""):
+        self.folder, self.script = folder, script
+        for name in (script, "tests/environment.sh", "requirements.txt"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        (folder / ".venv/bin").mkdir(parents=True)
+        shutil.copy(ROOT / "requirements.txt", folder / ".venv/requirements.txt.installed")
+        for name, more in (("python", python), ("torchrun", "")):
+            path = folder / ".venv/bin" / name
+            path.write_text(RECORD + more)
+            path.chmod(0o755)
+
+    def run(self, *words, **variables) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", self.script, *words], cwd=self.folder, text=True,
+                              env=environment() | variables, capture_output=True, timeout=60)
+
+    def commands(self) -> list[list[str]]:
+        """What was called: a program and its words."""
+        lines = (self.folder / "commands").read_text().splitlines()
+        return [line.rstrip("\t").split("\t") for line in lines]
+
+    def stages(self) -> list[list[str]]:
+        """Of those commands the scripts in Python with their options."""
+        found = []
+        for words in self.commands():
+            at = [n for n, word in enumerate(words) if word.endswith(".py")]
+            if at:
+                found.append(words[at[0]:])
+        return found
+
+
+SCRIPTS = {module.__name__ + ".py": module for module in (train_teacher, train_hyper, evaluate)}
+
+
+def options_of_command(words):
+    """{option: value}; whatever the script's own parser refuses raises UserError."""
+    return vars(SCRIPTS[words[0]].parser().parse_args(words[1:]))
+
+
+def ablations(tmp_path, project, **variables) -> Script:
+    script = Script(tmp_path / "tree", "bench/ablations.sh")
+    paths = {"CONFIG": str(project.config), "RUNS": str(project.runs)}
+    done = script.run(**paths, **variables)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return script
+
+
+PARTS = {                                       # Table 4's row -> the option that leaves it out
+    "TAGI, whole method": {},
+    "without pretraining": {"pretrained": False},
+    "without fusion (LoRA alone)": {"fusion": "none"},
+    "without L_pred": {"lambda_ce": 0},
+    "without L_kl": {"lambda_kl": 0},
+    "without L_ins": {"lambda_ins": 0},
+    "without hypernetwork (fusion alone)": {"generator": "none"},
+}
+
+
+def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
+    script = ablations(tmp_path, finished, SEEDS="2", PROCESSES="3", SPLIT="validation")
+    assert report.ABLATIONS.keys() == PARTS.keys()
+    stages = script.stages()
+    default = vars(train_hyper.parser().parse_args([]))
+    names = ("pretrained", "fusion", "lambda_ce", "lambda_kl", "lambda_ins", "generator")
+    for seed, runs in ((0, str(finished.runs)), (1, f"{finished.runs}-seed1")):
+        mine = [(words[0], options_of_command(words)) for words in stages]
+        mine = [(name, options) for name, options in mine
+                if (options["runs"], options["seed"]) == (runs, seed) and not options.get("ablations")]
+        trained = [options for _, options in mine if options.get("stage") == "finetune"]
+        scored = [options for name, options in mine if name == "evaluate.py"]
+        assert len(mine) == 2 + 2 * len(PARTS)
+        # What they need comes first: the teachers, which are the config's, then pretraining.
+        assert [name for name, _ in mine[:2]] == ["train_teacher.py", "train_hyper.py"]
+        assert mine[0][1]["stage"] is None and mine[1][1]["stage"] == "pretrain"
+        for (row, name), run, its in zip(report.ABLATIONS.items(), trained, scored, strict=True):
+            changed = {key: run[key] for key in names if run[key] != default[key]}
+            assert changed == PARTS[row] and (run["name"] or "finetune") == name
+            assert its["checkpoint"] == f"{runs}/{name}"
+            assert its["out"] == f"{runs}/evaluate-{name}" and its["split"] == "validation"
+            assert its["rows"] == (None if row == "TAGI, whole method" else "tagi")
+            assert run["config"] == its["config"] == str(finished.config)
+            assert mine.index(("train_hyper.py", run)) + 1 == mine.index(("evaluate.py", its))
+    assert len(stages) == 2 * (2 + 2 * len(PARTS)) + 1
+    assert options_of_command(stages[-1])["ablations"]
+    for program, *words in script.commands():
+        assert (program == "torchrun") == ("--nproc-per-node" in words)
+        assert program == "python" or words[words.index("--nproc-per-node") + 1] == "3"
+
+
+def test_ablations_retrain_finetuning_for_every_row_once(project, quick, tmp_path):
+    """On one seed, the commands run in this process; a second run trains and scores nothing
+    again."""
+    called = ablations(tmp_path, project, SEEDS="1").stages()
+
+    def run_all() -> str:
+        """What the last one prints, the table."""
+        for words in called:
+            table = call(SCRIPTS[words[0]], *words[1:])
+        return table
+
+    table = run_all()
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
-    assert rows[:1] == [""] and set(report.ABLATIONS) <= set(rows) and "meta-trained with one LoRA" in rows
-    for flags in list(report.ABLATIONS.values())[1:]:
-        run = next(words for words in called if words[0] == "train_hyper.py" and flags[0] in words)
-        name = next(word for word in run if word.startswith("--name=")).removeprefix("--name=")
-        assert project.record(name)["finished"] and (project.runs / f"evaluate-{name}" / "results.json").exists()
+    assert rows[:1] == [""] and set(report.ABLATIONS) <= set(rows)
+    assert "meta-trained with one LoRA" in rows
+    for name in list(report.ABLATIONS.values())[1:]:
+        assert project.record(name)["finished"]
+        assert (project.runs / f"evaluate-{name}" / "results.json").exists()
     assert not any("lora-all" in word for words in called for word in words)    # the config's stage
 
     def kept():
@@ -305,70 +523,147 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, quick, monkeyp
         return trained | {path: files[path][1] for path in told}
 
     before = kept()
-    project.run("evaluate", "--ablations", "--seeds=1")
+    assert run_all() == table
     assert kept() == before and len(before) > 20
 
 
-def test_ablations_do_not_take_another_splits_or_checkpoints_scores(project, quick, monkeypatch):
-    monkeypatch.setattr(report, "ABLATIONS", {"TAGI, whole method": []})
-    def python(*words):
-        if words[0] == "evaluate.py":
-            call(evaluate, *words[1:])
+def test_ablations_do_not_take_another_splits_or_checkpoints_scores(
+        project, quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "ABLATIONS", {"TAGI, whole method": "finetune"})
 
-    monkeypatch.setattr(report, "python", python)
-    project.run("evaluate", "--ablations", "--seeds=1", "--split=test")
+    def evaluated(split):
+        """As the script scores the whole method, and tells it."""
+        script = ablations(tmp_path / split, project, SEEDS="1", SPLIT=split)
+        words = [words for words in script.stages() if words[0] == "evaluate.py"]
+        for its in (words[0], words[-1]):
+            call(evaluate, *its[1:])
+
+    evaluated("test")
     results = project.runs / "evaluate-finetune" / "results.json"
     assert json.loads(results.read_text())["split"] == "test"
-    project.run("evaluate", "--ablations", "--seeds=1", "--split=validation")
+    line = project.refuses("evaluate", "--ablations", "--split=validation")
+    assert str(results) in line and "SPLIT=validation bash bench/ablations.sh" in line
+    evaluated("validation")
     assert json.loads(results.read_text())["split"] == "validation"
     before = (results.parent / "predictions.jsonl").read_text()
     project.run("finetune", "--fresh", "--seed=7")
-    project.run("evaluate", "--ablations", "--seeds=1", "--split=validation")
+    shutil.rmtree(tmp_path / "validation")
+    evaluated("validation")
     assert (results.parent / "predictions.jsonl").read_text() != before
 
 
-def test_a_missed_floor_is_exit_code_1_with_the_table_written(project, capsys):
-    with pytest.raises(SystemExit) as end:
-        project.run("evaluate", "--rows=tagi", "--floor=101")
-    assert end.value.code == 1 or "101" in end.value.code                   # sys.exit(text) prints it and exits with 1
-    assert "TAGI, right instruction" in read(project.runs / "evaluate")[2]
-    project.run("evaluate", "--rows=tagi", "--floor=0")
+def test_ablations_print_the_table_of_the_results_that_are_there(project):
+    """Means over three seeds, of the rows that the whole method's evaluation has too."""
+    def write(seed, name, **scores):
+        runs = project.runs.parent / (project.runs.name + (f"-seed{seed}" if seed else ""))
+        path = runs / f"evaluate-{name}" / "results.json"
+        path.parent.mkdir(parents=True)
+        rows = [{"row": report.ROWS[key], "demos": demos, "exact_match": score + demos}
+                for key, score in scores.items() for demos in (0, 2)]
+        path.write_text(json.dumps({"split": "test", "results": rows}))
+        return path
+
+    for seed in range(3):
+        for name in report.ABLATIONS.values():
+            if name == "finetune":
+                write(seed, name, tagi=50.0 + seed, meta=70.0)
+            else:
+                last = write(seed, name, tagi=40.0 + seed)
+    table = project.run("evaluate", "--ablations")
+    assert "test tasks" in table and "over 3 seeds" in table and "| Def | Def + 2 Pos |" in table
+    assert "| TAGI, whole method | 51.0 ± 1.0 | 53.0 ± 1.0 |" in table
+    assert "| meta-trained, instruction in input | 70.0 ± 0.0 | 72.0 ± 0.0 |" in table
+    for row in list(report.ABLATIONS)[1:]:
+        assert f"| {row} | 41.0 ± 1.0 (-10.0 ± 0.0) | 43.0 ± 1.0 (-10.0 ± 0.0) |" in table
+    written = project.runs.parent / (project.runs.name + "-ablations.md")
+    assert written.read_text() == table
+    last.unlink()
+    line = project.refuses("evaluate", "--ablations")
+    assert str(last) in line and "bash bench/ablations.sh" in line
 
 
-def test_a_missed_margin_over_the_shuffled_instruction_is_exit_code_1(project, quick):
-    with pytest.raises(SystemExit) as end:
-        project.run("evaluate", "--floor=0", "--floor-margin=101")
-    assert end.value.code == 1 or "101" in end.value.code
+# The quick start's own check: floors of exact match, at both settings.
+
+GOOD = {(0, "tagi"): 94.0, (0, "tagi_shuffled"): 0.0, (0, "meta"): 96.0, (0, "copy_demo"): 7.0,
+        (2, "tagi"): 95.0, (2, "tagi_shuffled"): 2.0, (2, "meta"): 97.0, (2, "copy_demo"): 7.0}
+TAGI_AT_2 = "Def + 2 Pos: TAGI's exact match of {:.1f} is less than "
 
 
-def test_a_missed_floor_of_the_baseline_is_exit_code_1(project, quick):
-    floors = ("--rows=tagi,meta", "--floor=0", "--floor-share=0")
-    with pytest.raises(SystemExit) as end:
-        project.run("evaluate", *floors, "--floor-meta=101")
-    assert end.value.code.count("101") == 2                                 # Def and Def + 2 Pos
-    project.run("evaluate", *floors, "--floor-meta=0")
+def quickstart(tmp_path, results) -> Script:
+    """quickstart.sh whose evaluation leaves this results.json, and whose check is run."""
+    (tmp_path / "made_up.json").write_text(results)
+    return Script(tmp_path / "tree", "quickstart.sh", python=f"""
+if [ "$1" = - ]; then exec {sys.executable} "$@"; fi
+for ((i = 1; i <= $#; i++)); do
+    if [ "${{!i}}" = --checkpoint ]; then next=$((i + 1)); runs=$(dirname "${{!next}}"); fi
+done
+if [[ "$*" == *"--bench sample"* ]]; then
+    mkdir -p "$runs/evaluate"
+    cp ../made_up.json "$runs/evaluate/results.json"
+fi
+""")
 
 
-TAGI_AT_2 = "Def + 2 Pos: TAGI's exact match of 85.0"
-
-
-@pytest.mark.parametrize("flags, missed", [
-    (["--floor=70", "--floor-margin=50", "--floor-meta=90", "--floor-share=0.9"], []),
-    (["--floor=86"], [TAGI_AT_2 + " misses the floor of 86"]),
-    (["--floor-meta=91"], ["Def + 2 Pos: the meta-trained row's exact match of 90.0"]),
-    (["--floor=95"], ["Def: TAGI's exact match of 94.0", TAGI_AT_2]),
-    (["--floor-margin=84"], [TAGI_AT_2 + " is less than 84 above the 2.0"]),
-    (["--floor-share=0.95"], [TAGI_AT_2 + " is less than 0.95 times the meta-trained row's 90.0"]),
-    (["--floor-meta=96", "--floor-share=1"],
-     ["Def: the meta-trained", "Def: TAGI's", "Def + 2 Pos: the meta-trained", TAGI_AT_2])])
-def test_a_floor_is_missed_at_either_setting(flags, missed):
-    scores = {0: {"tagi": 94.0, "tagi_shuffled": 0.0, "meta": 95.0, "copy_demo": 7.0},
-              2: {"tagi": 85.0, "tagi_shuffled": 2.0, "meta": 90.0, "copy_demo": 7.0}}
+@pytest.mark.parametrize("scores, missed", [
+    ({}, []),
+    ({(0, "meta"): 95.0, (2, "meta"): 100.0, (0, "tagi_shuffled"): 14.0}, []),  # just not missed
+    ({(0, "meta"): 94.9}, ["Def: the meta-trained row's exact match of 94.9 is below 95"]),
+    ({(2, "meta"): 94.9}, ["Def + 2 Pos: the meta-trained row's exact match of 94.9 is below 95"]),
+    ({(0, "tagi"): 91.1}, ["Def: TAGI's exact match of 91.1 is less than 0.95 times the "
+                           "meta-trained row's 96.0"]),
+    ({(2, "tagi"): 91.1}, [TAGI_AT_2.format(91.1) + "0.95 times the meta-trained row's 97.0"]),
+    ({(0, "tagi_shuffled"): 14.1}, ["Def: TAGI's exact match of 94.0 is less than 80 above the "
+                                    "14.1 with the shuffled instruction"]),
+    ({(2, "tagi_shuffled"): 15.1}, [TAGI_AT_2.format(95.0) + "80 above the 15.1 with"]),
+    ({(0, "meta"): 90.0, (0, "tagi"): 70.0, (2, "meta"): 90.0, (2, "tagi"): 70.0},
+     ["Def: the meta-trained", "Def: TAGI's exact match of 70.0 is less than 0.95 times",
+      "Def: TAGI's exact match of 70.0 is less than 80 above", "Def + 2 Pos: the meta-trained",
+      TAGI_AT_2.format(70.0) + "0.95 times", TAGI_AT_2.format(70.0) + "80 above"])],
+    ids=lambda x: ", ".join(f"{row} {demos}" for demos, row in x) if isinstance(x, dict) else "")
+def test_a_floor_that_the_quick_start_misses_is_exit_code_1(tmp_path, scores, missed):
+    """At either setting, a line for each on standard error; the last command is not run then."""
     results = [{"key": key, "demos": demos, "exact_match": em}
-               for demos, row in scores.items() for key, em in row.items()]
-    lines = evaluate.missed_floors(results, evaluate.parser().parse_args(flags))
+               for (demos, key), em in (GOOD | scores).items()]
+    script = quickstart(tmp_path, json.dumps({"results": results}))
+    done = script.run()
+    lines = done.stderr.splitlines()
     assert len(lines) == len(missed), lines
     assert all(line.startswith(start) for line, start in zip(lines, missed)), lines
+    assert done.returncode == (1 if missed else 0)
+    assert ("--instruction" in script.stages()[-1]) == (not missed)
+    assert ("quick start: " in done.stdout) == (not missed)
+
+
+def test_the_quick_start_checks_the_results_that_an_evaluation_writes(
+        project, monkeypatch, tmp_path):
+    """Two steps of training miss every floor of the baseline; the table is there."""
+    monkeypatch.setattr(evaluate, "measure_costs", lambda *args: {})
+    project.run("evaluate", "--rows=tagi,tagi_shuffled,meta")
+    assert "TAGI, right instruction" in read(project.runs / "evaluate")[2]
+    results = project.runs / "evaluate" / "results.json"
+    done = quickstart(tmp_path, results.read_text()).run()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("the meta-trained row's exact match") == 2     # Def and Def + 2 Pos
+    assert done.stderr.count("80 above") == 2
+
+
+@pytest.mark.parametrize("flags, before, runs", [
+    ([], [], "runs/sample"), (["--fresh"], [], "runs/sample"),
+    (["--from-scratch"], ["base", "meta"], "runs/from-scratch")], ids=" ".join)
+def test_the_quick_starts_commands_are_options_of_the_scripts(tmp_path, flags, before, runs):
+    results = [{"key": key, "demos": demos, "exact_match": em} for (demos, key), em in GOOD.items()]
+    script = quickstart(tmp_path, json.dumps({"results": results}))
+    assert script.run(*flags).returncode == 0
+    stages = [(words[0], options_of_command(words)) for words in script.stages()]
+    assert [(name, options.get("stage")) for name, options in stages] == [
+        *(("train_teacher.py", stage) for stage in before), ("train_teacher.py", None),
+        ("train_hyper.py", "pretrain"), ("train_hyper.py", "finetune"),
+        ("evaluate.py", None), ("evaluate.py", None)]
+    for name, options in stages[:-2]:
+        assert options["runs"] == runs and options["fresh"] == ("--fresh" in flags)
+        assert options["meta_model"] == ("runs/from-scratch/meta" if before else None)
+    assert {options["checkpoint"] for _, options in stages[-2:]} == {f"{runs}/finetune"}
+    assert ["python", "-m", "bench.sample"] in script.commands()            # no suite is there
 
 
 def test_words_that_the_model_does_not_know_are_named_on_standard_error(project, capsys):
@@ -385,8 +680,8 @@ def test_unknown_words_are_those_with_an_unknown_token_each_once_without_punctua
     from conftest import make_tokenizer
     tokenizer = make_tokenizer()
     texts = ["say \u00e9t\u00e9, (Word) 7", "7 say \u00e9t\u00e9 \u20ac"]
-    assert data.unknown_words(tokenizer, texts) == ["\u00e9t\u00e9", "Word", "7", "\u20ac"]
-    assert data.unknown_words(tokenizer, ["say word"]) == data.unknown_words(tokenizer, [" "]) == []
+    assert t5.unknown_words(tokenizer, texts) == ["\u00e9t\u00e9", "Word", "7", "\u20ac"]
+    assert t5.unknown_words(tokenizer, ["say word"]) == t5.unknown_words(tokenizer, [" "]) == []
 
 
 def one_task(project, tmp_path, *names):
@@ -402,8 +697,7 @@ def test_one_task_alone_has_no_shuffled_instruction(project, quick, tmp_path):
     out = own.run("evaluate", *flags, "--rows=tagi,tagi_shuffled")
     assert "left out: TAGI, shuffled instruction" in out
     assert "| TAGI, shuffled" not in out and "| TAGI, right" in out
-    for more in (["--rows=tagi_shuffled"], ["--floor-margin=1"]):
-        assert "tagi_shuffled" in own.refuses("evaluate", *flags, *more)
+    assert "tagi_shuffled" in own.refuses("evaluate", *flags, "--rows=tagi_shuffled")
 
 
 def test_tasks_of_one_category_are_shuffled_among_each_other_with_a_word(project, tmp_path):
@@ -475,21 +769,26 @@ def test_a_default_given_on_the_command_line_still_goes_before_the_file(tmp_path
 
 
 @pytest.mark.parametrize("line, key, value", [
-    ("lr: 3e-4", "lr", 3e-4), ("lr: 1", "lr", 1.0), ("steps: 12", "steps", 12), ("targets: [q, k, wi_0]", "targets", "q,k,wi_0"),
-    ("targets: q,v", "targets", "q,v"), ("demos: 2", "demos", "2"), ("demos: mixed", "demos", "mixed"), ("fusion: false", "fusion", False),
-    ("train_norms: true", "train_norms", True), ("train-norms: true", "train_norms", True), ("pretrained: no", "pretrained", False),
-    ("lambda_ins: sigmoid", "lambda_ins", "sigmoid"), ("lambda_ins: 0", "lambda_ins", 0.0), ("lambda_ins: 5e-1", "lambda_ins", 0.5),
-    ("alignment: none", "alignment", "none"), ("name: null", "name", None), ("text: a b#c.txt", "text", "a b#c.txt"),
+    ("lr: 3e-4", "lr", 3e-4), ("lr: 1", "lr", 1.0), ("steps: 12", "steps", 12),
+    ("targets: [q, k, wi_0]", "targets", "q,k,wi_0"), ("targets: q,v", "targets", "q,v"),
+    ("demos: 2", "demos", "2"), ("demos: mixed", "demos", "mixed"),
+    ("fusion: none", "fusion", "none"), ("generator: none", "generator", "none"),
+    ("train_norms: true", "train_norms", True), ("train-norms: true", "train_norms", True),
+    ("train_norms: false", "train_norms", False), ("pretrained: no", "pretrained", False),
+    ("lambda_ins: sigmoid", "lambda_ins", "sigmoid"), ("lambda_ins: 0", "lambda_ins", 0.0),
+    ("lambda_ins: 5e-1", "lambda_ins", 0.5), ("alignment: none", "alignment", "none"),
+    ("name: null", "name", None), ("text: a b#c.txt", "text", "a b#c.txt"),
     ("fresh: true", "fresh", True), ("fresh: false", "fresh", False)])
 def test_a_value_of_the_file_passes_through_the_options_own_type(tmp_path, line, key, value):
-    options = options_of(tmp_path, f"finetune:\n  {line}\n", "--stage=finetune", section="finetune", parser=train_hyper.parser)
+    options = options_of(tmp_path, f"finetune:\n  {line}\n", "--stage=finetune",
+                         section="finetune", parser=train_hyper.parser)
     found = getattr(options, key)
     assert found == value and type(found) is type(value)
 
 
 def test_lists_become_comma_strings_at_the_top_level_too(tmp_path):
-    options = options_of(tmp_path, "stages: [base, meta]\ntargets: [q, v]\n")
-    assert (options.stages, options.targets) == ("base,meta", "q,v")
+    options = options_of(tmp_path, "llm: base\ntargets: [q, v]\n")
+    assert (options.llm, options.targets) == ("base", "q,v")
 
 
 @pytest.mark.parametrize("module, section", [(MODULES[s], s) for s in (*STAGES, "evaluate")], ids=(*STAGES, "evaluate"))

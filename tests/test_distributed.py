@@ -14,7 +14,6 @@ from stages import ROOT, process
 import common
 import config
 import data
-import lora
 import t5
 import train_teacher
 
@@ -30,9 +29,9 @@ def launched(finished, tmp_path_factory):
     the other, then finetune with all three losses, on runs of its own. Returns both projects."""
     teachers = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("base",))
     student = finished.copy(tmp_path_factory.mktemp("two") / "runs", ("meta", "lora", "pretrain"))
-    stages = ("--stages=meta,lora,lora-all", "--teachers-at-once=2")
-    scripts = [["train_teacher", *teachers.argv(None, *stages, *SHARED)],
-               ["train_hyper", *student.argv("finetune", *FINETUNE)]]
+    flags = ("--teachers-at-once=2", *SHARED)
+    scripts = [["train_teacher", *teachers.argv(stage, *flags)] for stage in ("meta", "lora", "lora-all")]
+    scripts.append(["train_hyper", *student.argv("finetune", *FINETUNE)])
     launcher = tmp_path_factory.mktemp("two") / "scripts.py"
     launcher.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_hyper, train_teacher\n"
                         "dist = train_teacher.common.dist\ndestroy = dist.destroy_process_group\n"
@@ -90,7 +89,8 @@ def test_ranks_that_start_at_different_times_leave_out_no_teacher(finished, tmp_
     late = finished.copy(tmp_path / "late", ("meta",))
     options = config.parse(train_teacher.parser(), "lora", late.argv("lora", "--teachers-at-once=1"))
     for rank in (0, 1):
-        train_teacher.train_lora(options, rank, 2)
+        run = common.Run(str(late.runs / "lora"), options, rank, 2, {}, ranks_share_a_batch=False)
+        train_teacher.train_lora(options, run)
     assert len(list(late.runs.glob("lora/*/model.safetensors"))) == len(list(finished.runs.glob("lora/*/model.safetensors")))
 
 
@@ -131,7 +131,7 @@ def test_gradients_are_added_up_a_slice_at_a_time(monkeypatch):
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    common.sum_gradients(iter(parameters), size=6)
+    config.sum_gradients(iter(parameters), size=6)
     assert messages == [3, 4, 6]
     assert all(torch.equal(p.grad, 2 * g) for p, g in zip(parameters, before)) and parameters[3].grad.eq(0).all()
 
@@ -139,7 +139,7 @@ def test_dropout_differs_between_micro_batches_and_is_the_same_on_two_ranks_as_i
         finished, tmp_path, monkeypatch):
     """Every micro-batch is the same here and nothing is learned: logits differ by dropout alone."""
     options = config.parse(train_teacher.parser(), "meta", finished.argv("meta", "--lr=0"))
-    logits = lora.logits
+    logits = t5.logits
 
     def logits_of(rank, world, accumulate):
         """{(step, number among all ranks' micro-batches): logits}"""
@@ -158,9 +158,9 @@ def test_dropout_differs_between_micro_batches_and_is_the_same_on_two_ranks_as_i
             return seen[step, rank + world * i]
 
         with monkeypatch.context() as patch:
-            patch.setattr(lora, "logits", record)
-            train_teacher.train_llm(folder, options, llm, tokenizer,
-                                    lambda *at: (ids, mask, labels), rank, world)
+            patch.setattr(t5, "logits", record)
+            run = common.Run(folder, options, rank, world, {})
+            train_teacher.train_llm(run, llm, tokenizer, lambda *at: (ids, mask, labels))
         return seen
 
     one = logits_of(0, 1, 2)

@@ -189,9 +189,9 @@ def test_a_head_is_the_files_own_and_only_v1_0_scales_what_it_reads(kind, suite,
     ids, mask = data.tokenize(tokenizer, ["Find the city .", "Repeat it"], 64)
     labels = data.labels(tokenizer, ["Paris", "it it"], 64)
     with torch.no_grad():
-        with lora.headless(llm.eval()):
-            states = lora.logits(llm, ids, mask, labels)
-        logits = lora.logits(llm, ids, mask, labels)
+        with t5.headless(llm.eval()):
+            states = t5.logits(llm, ids, mask, labels)
+        logits = t5.logits(llm, ids, mask, labels)
         # What the head reads has the scaling in it already; what the decoder returns does not.
         encoded = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]
         decoder_ids = llm.prepare_decoder_input_ids_from_labels(labels)
@@ -263,10 +263,10 @@ def test_what_meta_saves_computes_what_the_published_file_does(kind, suite, tmp_
         llm, tokenizer = load(folder, kind)
         batch = data.tokenize(tokenizer, INPUTS, 64)
         with torch.no_grad():
-            logits.append(lora.logits(llm.eval(), *batch, data.labels(tokenizer, OUTPUTS, 64)))
+            logits.append(t5.logits(llm.eval(), *batch, data.labels(tokenizer, OUTPUTS, 64)))
         ids.append(batch[0])
         folder = tmp_path / str(step)
-        train_teacher.save_llm(str(folder), options, llm, tokenizer, finished=True)
+        train_teacher.save_llm(str(folder), vars(options), llm, tokenizer, finished=True)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[0], ids[2])
 
@@ -295,7 +295,7 @@ def test_every_stage_runs_on_a_published_checkpoint(kind, suite, tmp_path):
     student = stage | {"width": 16, "bottleneck": 8}
     config = {"model": str(tmp_path / "hub"), "attention": attention_of(kind),
               "data": str(suite / "data"), "runs": str(tmp_path / "runs"), "rank": 2, "alpha": 2,
-              "max_instances": 5, "max_output": 4, "threads": 1, "targets": "q,k,v,o,wo",
+              "max_instances": 5, "max_output": 4, "targets": "q,k,v,o,wo",
               "meta": stage, "lora": stage, "pretrain": student | {"text_length": 24},
               "finetune": student | {"train_norms": True, "train_embeddings": True},
               "evaluate": {"rows": "tagi,no_finetuning,teachers", "eval_instances": 2}}
@@ -346,13 +346,13 @@ def test_a_mixed_batch_merging_beams_and_ranking_agree_on_every_architecture(kin
     mixed = tagi(adapters, ids, mask, labels)
     choices = [["cat", "dog b", "a red"]] * 4
     answers = tagi.generate(INPUTS, adapters, num_beams=3, max_new_tokens=4)
-    scores = tagi.rank(INPUTS, choices, adapters)
+    scores = tagi.score_choices(INPUTS, choices, adapters)
     for n in range(4):
         one = tagi.adapt([INSTRUCTIONS[n]])
         alone = tagi(one, *tokens(tagi, [INPUTS[n]], [OUTPUTS[n]]))
         close(mixed[n, :alone.shape[1]], alone[0])
         assert tagi.generate([INPUTS[n]], one, num_beams=3, max_new_tokens=4) == [answers[n]]
-        close(tagi.rank([INPUTS[n]], choices[:1], one)[0], scores[n])
+        close(tagi.score_choices([INPUTS[n]], choices[:1], one)[0], scores[n])
         blocks = tagi(adapters.select([n, n, n, n]), ids, mask, labels)
         close(tagi(adapters.select([n]), ids, mask, labels), blocks)
         close(tagi(adapters.select([n, n]), ids, mask, labels), blocks)
@@ -403,7 +403,7 @@ def test_checkpointing_changes_no_gradient_on_any_architecture(kind, make):
     for checkpointing in (False, True):
         tagi = make(kind)
         if checkpointing:
-            lora.checkpoint_blocks(tagi.llm, tagi.repetition)
+            t5.checkpoint_blocks(tagi.llm, tagi.repetition)
         ids, mask = data.tokenize_instructed(tagi.tokenizer, [(i, []) for i in INSTRUCTIONS], 64)
         adapter = tagi.generate_adapter(*tagi.encode_instruction(ids, mask), mask)
         tagi(adapter, *tokens(tagi)).square().mean().backward()
@@ -523,4 +523,4 @@ def test_a_model_without_a_place_for_fusion_in_every_block_is_refused(folders, m
     monkeypatch.setattr(first, "__class__", type("Renamed", (type(first),), {}))
     with pytest.raises(common.UserError, match="1 self-attention layers for 2 encoder blocks"):
         TAGI(llm, tokenizer, student_options())
-    TAGI(llm, tokenizer, student_options("--no-encoder-fusion"))
+    TAGI(llm, tokenizer, student_options("--fusion=decoder"))

@@ -10,9 +10,9 @@ import yaml
 from transformers.modeling_outputs import BaseModelOutput
 
 import common
+import config
 import data
 import lora
-import optim
 import t5
 import train_teacher
 from conftest import (ALL, INPUTS, INSTRUCTIONS, KINDS, OUTPUTS, close, lengthen, make_llm, make_random_tagi, make_tagi,
@@ -40,7 +40,7 @@ def ce(tagi, labels, logits):
 @pytest.mark.parametrize("kind", KINDS)
 def test_step_0_is_exactly_the_frozen_llm(kind, generator):
     """LoRA on every projection, encoder cross-attention, gains and embeddings in place: the same logits, bit for bit."""
-    tagi, plain = make_tagi(kind, *ALL, "--no-decoder-fusion", "--targets=" + ",".join(TARGETS[kind]), f"--generator={generator}")
+    tagi, plain = make_tagi(kind, *ALL, "--fusion=encoder", "--targets=" + ",".join(TARGETS[kind]), f"--generator={generator}")
     adapter = tagi.adapt(INSTRUCTIONS)
     assert len(adapter.fusion) == 2 and all(A.std() > 0 and not B.any() for A, B in adapter.weights.values())
     ids, mask, labels = tokens(tagi)
@@ -217,7 +217,7 @@ def test_merged_equals_unmerged_and_unmerge_restores_every_bit(kind, exact):
     assert torch.equal(run()[0], unmerged[0])
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-hypernetwork",)])
+@pytest.mark.parametrize("flags", [(), ("--generator=none",)])
 def test_while_merged_nothing_else_can_run(flags):
     """Merging again, another adapter, the frozen LLM, or encoding another instruction raise until unmerge."""
     tagi, _ = make_tagi("v1.1", *flags)
@@ -321,7 +321,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_of_the_llm(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gains_and_embedding_delta_are_a_t5_with_those_weights(kind, exact):
     """Equal to a plain T5 whose norm weights are multiplied and embeddings moved; a tied head moves along, an untied stays."""
-    tagi, plain = make_tagi(kind, *ALL, "--no-decoder-fusion")
+    tagi, plain = make_tagi(kind, *ALL, "--fusion=encoder")
     tagi, plain = tagi.double(), plain.double()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -342,7 +342,7 @@ def test_weight_decay_leaves_the_students_norm_gains_alone(name):
     """A gain without gradient stays 1, where everything else that is not 0 shrinks."""
     tagi, _ = make_tagi("v1.1", *ALL, f"--optimizer={name}", "--weight-decay=0.5", "--lr=0.1")
     parameters = tagi.trainable()
-    optimizer = optim.make_optimizer(parameters, tagi.options)
+    optimizer = config.make_optimizer(parameters, tagi.options)
     before = {key: p.detach().clone() for key, p in parameters.items()}
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
@@ -369,17 +369,19 @@ def test_a_run_whose_optimizer_had_all_in_one_group_goes_on(name, tmp_path):
         return tagi.options, tagi.trainable()
 
     options, straight = start()
-    optimizer = optim.make_optimizer(straight, options)
+    optimizer = config.make_optimizer(straight, options)
     trained(range(2), optimizer, straight)
     state = optimizer.state_dict()
-    adamw = state["parts"][0] if name == "muon" else state
+    adamw = state["parts"][0]
     first, gains = adamw["param_groups"]
     adamw["param_groups"] = [{**first, "params": first["params"] + gains["params"]}]           # as it was saved then
-    common.save_checkpoint(str(tmp_path), options, straight, mock.Mock(state_dict=lambda: state), step=2)
+    state = state if name == "muon" else adamw                          # and a single one as it is
+    saved = mock.Mock(state_dict=lambda: state)
+    common.save_checkpoint(str(tmp_path), vars(options), straight, saved, step=2)
     trained([2], optimizer, straight)
     options, resumed = start()
-    optimizer = optim.make_optimizer(resumed, options)
-    assert common.resume(str(tmp_path), options, resumed, optimizer) == 2
+    optimizer = config.make_optimizer(resumed, options)
+    assert common.resume(str(tmp_path), False, resumed, optimizer) == 2
     trained([2], optimizer, resumed)
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
 
@@ -449,8 +451,8 @@ def test_bf16_llm_trains_and_answers():
 
 # --------------------------------------------------------------------------------------------------------- learning
 
-@pytest.mark.parametrize("flags", [(), ("--no-fusion",), ("--no-hypernetwork", "--train-norms"),
-                                   ("--generator=mean", "--no-encoder-fusion")], ids=lambda f: " ".join(f) or "whole")
+@pytest.mark.parametrize("flags", [(), ("--fusion=none",), ("--generator=none", "--train-norms"),
+                                   ("--generator=mean", "--fusion=decoder")], ids=lambda f: " ".join(f) or "whole")
 def test_two_examples_overfit(flags):
     """One input, two instructions, two answers: the loss falls below 0.01, so it is the instruction that is followed."""
     tagi, _ = make_tagi("v1.1", "--rank=4", "--alpha=4", "--targets=q,k,v,o", *flags)
@@ -478,9 +480,9 @@ def checkpoint(tmp_path):
     tagi, plain = make_tagi("v1.1", *ALL)
     randomize(tagi)
     options = tagi.options
-    train_teacher.save_llm(str(tmp_path / "llm"), options, plain, tagi.tokenizer, finished=True)
+    train_teacher.save_llm(str(tmp_path / "llm"), vars(options), plain, tagi.tokenizer, finished=True)
     options.llm_path, options.llm_is_relative, options.llm_fingerprint = "../llm", True, t5.fingerprint(plain)
-    common.save_checkpoint(str(tmp_path / "tagi"), options, tagi.trainable(), step=3, finished=True)
+    common.save_checkpoint(str(tmp_path / "tagi"), vars(options), tagi.trainable(), step=3, finished=True)
     return tagi, tmp_path / "tagi", tmp_path / "llm"
 
 
@@ -511,7 +513,7 @@ def test_a_checkpoint_of_other_options_is_refused(checkpoint, key, value):
 def test_a_checkpoint_of_another_llm_is_refused(checkpoint, kind, seed):
     """Also where all shapes are the same."""
     tagi, folder, llm_folder = checkpoint
-    train_teacher.save_llm(str(llm_folder), tagi.options, make_llm(kind, seed), tagi.tokenizer, finished=True)
+    train_teacher.save_llm(str(llm_folder), vars(tagi.options), make_llm(kind, seed), tagi.tokenizer, finished=True)
     with pytest.raises(common.UserError, match="another LLM"):
         TAGI.load(str(folder))
 
@@ -538,7 +540,7 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(kind, exact):
     for checkpointing in (False, True):
         tagi = make_random_tagi(kind)
         if checkpointing:
-            lora.checkpoint_blocks(tagi.llm, tagi.repetition)
+            t5.checkpoint_blocks(tagi.llm, tagi.repetition)
         parameters, size = tagi.trainable(), [0]
 
         def pack(x):

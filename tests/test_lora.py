@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 import lora
+import train_hyper
 from conftest import KINDS, close, make_llm
 
 pytestmark = pytest.mark.numbers
@@ -223,7 +224,7 @@ def test_product_is_the_explicit_mean_squared_error_of_b_a():
     a, b = sets()
     explicit = torch.stack([torch.cat([(a[s][1][k] @ a[s][0][k] - b[s][1][k] @ b[s][0][k]).flatten() for s in a]).square().mean()
                             for k in range(3)])
-    loss = lora.alignment_loss(a, b, "product")
+    loss = train_hyper.alignment_loss(a, b, "product")
     assert loss.shape == (3,)
     close(loss, explicit)
 
@@ -233,16 +234,16 @@ def test_factors_pair_a_with_a_and_b_with_b():
     a, b = sets()
     explicit = torch.stack([torch.cat([(x[k] - y[k]).flatten() for s in a for x, y in zip(a[s], b[s])]).square().mean()
                             for k in range(3)])
-    close(lora.alignment_loss(a, b, "factors"), explicit)
+    close(train_hyper.alignment_loss(a, b, "factors"), explicit)
 
 
 @pytest.mark.parametrize("kind", ["factors", "product"])
 def test_alignment_of_a_set_with_itself_is_zero_and_of_different_ones_positive(kind):
     """Zero to rounding, task by task: only the task that differs has a loss."""
     a, b = sets()
-    close(lora.alignment_loss(a, a, kind), torch.zeros(3, dtype=torch.float64))
+    close(train_hyper.alignment_loss(a, a, kind), torch.zeros(3, dtype=torch.float64))
     one = {s: (torch.stack([A[0], b[s][0][1], A[2]]), B) for s, (A, B) in a.items()}
-    assert ((lora.alignment_loss(a, one, kind) > 1e-3) == torch.tensor([False, True, False])).all()
+    assert ((train_hyper.alignment_loss(a, one, kind) > 1e-3) == torch.tensor([False, True, False])).all()
 
 
 def test_product_ignores_the_freedom_of_the_factors_and_factors_do_not():
@@ -251,8 +252,8 @@ def test_product_ignores_the_freedom_of_the_factors_and_factors_do_not():
     M = torch.randn(3, 2, 2, dtype=torch.float64)
     moved = {s: (M @ A, B @ torch.linalg.inv(M)) for s, (A, B) in a.items()}
     for x, y in ((moved, b), (b, moved)):
-        close(lora.alignment_loss(x, y, "product"), lora.alignment_loss(a, b, "product"))
-    assert not torch.allclose(lora.alignment_loss(moved, b, "factors"), lora.alignment_loss(a, b, "factors"), rtol=0.01)
+        close(train_hyper.alignment_loss(x, y, "product"), train_hyper.alignment_loss(a, b, "product"))
+    assert not torch.allclose(train_hyper.alignment_loss(moved, b, "factors"), train_hyper.alignment_loss(a, b, "factors"), rtol=0.01)
 
 
 @pytest.mark.parametrize("kind", ["factors", "product"])
@@ -261,7 +262,7 @@ def test_weights_of_another_layer_or_projection_give_another_loss(kind, x, y):
     """A teacher whose sites of one shape are permuted is another teacher."""
     a, b = sets()
     permuted = b | {x: b[y], y: b[x]}
-    assert not torch.isclose(lora.alignment_loss(a, permuted, kind), lora.alignment_loss(a, b, kind), rtol=1e-3).any()
+    assert not torch.isclose(train_hyper.alignment_loss(a, permuted, kind), train_hyper.alignment_loss(a, b, kind), rtol=1e-3).any()
 
 
 @pytest.mark.parametrize("kind", ["factors", "product"])
@@ -269,4 +270,4 @@ def test_gradcheck_of_alignment(kind):
     """Gradients to the generated A and B agree with finite differences in float64."""
     a, b = sets()
     flat = [w.requires_grad_() for pair in a.values() for w in pair]
-    assert torch.autograd.gradcheck(lambda *w: lora.alignment_loss(dict(zip(a, zip(w[::2], w[1::2]))), b, kind), flat)
+    assert torch.autograd.gradcheck(lambda *w: train_hyper.alignment_loss(dict(zip(a, zip(w[::2], w[1::2]))), b, kind), flat)

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import json
+import os
 from unittest import mock
 
 import pytest
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import common
+import config
 import data
 import hypernet
 import lora
-import optim
 import t5
 import train_hyper
 import train_teacher
@@ -213,8 +214,8 @@ def part(names, *groups):
 
 
 @pytest.mark.parametrize("flag, removed", [
-    ("--no-hypernetwork", ["generator"]), ("--no-fusion", ["fusion"]), ("--no-encoder-fusion", ["fusion"]),
-    ("--no-decoder-fusion", []), ("--no-train-norms", ["norm_gains"]), ("--no-train-embeddings", ["embedding_delta"]),
+    ("--generator=none", ["generator"]), ("--fusion=none", ["fusion"]), ("--fusion=decoder", ["fusion"]),
+    ("--fusion=encoder", []), ("--no-train-norms", ["norm_gains"]), ("--no-train-embeddings", ["embedding_delta"]),
     ("--no-pretrained", []), ("--lambda-ce=0", []), ("--lambda-kl=0", []), ("--lambda-ins=0", []), ("--alignment=product", []),
     ("--temperature=3", []), ("--standardize-logits", []), ("--kl-teacher=meta", [])])
 def test_a_switch_removes_its_part_and_nothing_else(flag, removed):
@@ -232,8 +233,8 @@ def test_default_and_added_parts():
     assert len(part(full, "norm_gains")) == 2 * 2 + 1 + 2 * 3 + 1 and set(part(full, "norm_gains").values()) == {(24,)}
 
 
-@pytest.mark.parametrize("flag, fused, concatenated", [("--fusion", 2, True), ("--no-fusion", 0, False),
-                                                       ("--no-encoder-fusion", 0, True), ("--no-decoder-fusion", 2, False)])
+@pytest.mark.parametrize("flag, fused, concatenated", [("--fusion=both", 2, True), ("--fusion=none", 0, False),
+                                                       ("--fusion=decoder", 0, True), ("--fusion=encoder", 2, False)])
 def test_fusion_switches_decide_what_the_decoder_attends_to(flag, fused, concatenated):
     """Part 2 puts the S instruction states before the T input's, part 1 gives keys and values to each encoder block."""
     tagi, _ = make_tagi("v1.1", flag)
@@ -254,18 +255,19 @@ def test_fusion_switches_decide_what_the_decoder_attends_to(flag, fused, concate
 
 def test_fusion_alone_leaves_the_projections_plain():
     """Without the hypernetwork an adapter holds no LoRA weights, and the layers run as they are."""
-    tagi, _ = make_tagi("v1.1", "--no-hypernetwork")
+    tagi, _ = make_tagi("v1.1", "--generator=none")
     adapter = tagi.adapt(INSTRUCTIONS)
     assert adapter.weights is None
     with tagi.adapted(adapter):
         assert all(wrapper.lora_A is None for wrapper in lora.sites(tagi.llm).values())
 
 
-@pytest.mark.parametrize("flags", [("--no-hypernetwork", "--no-fusion"), ("--lambda-ce=0", "--lambda-kl=0")])
+@pytest.mark.parametrize("flags", [("--generator=none", "--fusion=none"), ("--lambda-ce=0", "--lambda-kl=0")])
 def test_switching_off_everything_is_refused(flags, capsys):
     """Nothing to train, or no loss on the labels: one line, exit code 2."""
-    with pytest.raises(SystemExit) as exit:
-        student_options(*flags)
+    with mock.patch.object(common, "read_yaml", lambda *args: {}), \
+            pytest.raises(SystemExit) as exit:
+        train_hyper.main(["--stage=finetune", *flags])
     assert exit.value.code == 2 and "drop one of them" in capsys.readouterr().err
 
 
@@ -307,16 +309,17 @@ def runs(tmp_path_factory, tasks):
     llm = make_llm("v1.1").requires_grad_(False)
     common_flags = [f"--runs={root}", f"--data={root}/data", "--llm=meta", "--rank=2", "--alpha=3", "--device=cpu", "--unit=task"]
     options = train_teacher.parser().parse_args(common_flags)
-    train_teacher.save_llm(f"{root}/meta", options, llm, make_tokenizer(), finished=True)
+    train_teacher.save_llm(f"{root}/meta", vars(options), llm, make_tokenizer(), finished=True)
     options.llm_fingerprint = FINGERPRINT
     lora.inject_lora(llm, ["q", "v"], 2, 3)
     torch.manual_seed(0)
     for t in tasks:
         weights = {s: (A, 0.5 * torch.randn_like(B)) for s, (A, B) in lora.init_weights(llm, 2, 0).items()}
-        train_teacher.save_teacher(f"{root}/lora", options, t.name, weights)
+        lora.save_teacher(f"{root}/lora", vars(options), t.name, weights)
     start = make_tagi("v1.1", *ALL, *common_flags)[0]
     start.options.llm_fingerprint = options.llm_fingerprint
-    common.save_checkpoint(f"{root}/pretrain", start.options, randomize(start, scale=0.2).trainable(), finished=True)
+    weights = randomize(start, scale=0.2).trainable()
+    common.save_checkpoint(f"{root}/pretrain", vars(start.options), weights, finished=True)
     return common_flags + list(ALL) + ["--steps=1", "--clip=0", "--tasks=3", "--instances=2", "--alignment=factors"]
 
 
@@ -336,16 +339,22 @@ def one_step():
         def zero_grad(self, set_to_none):
             pass
 
-    def resume(folder, options, parameters, optimizer):
+    def resume(folder, fresh, parameters, optimizer):
         optimizer.parameters = parameters
         return 0
 
     stubs = {"resume": resume, "save_checkpoint": mock.Mock(), "StopSignal": lambda: mock.Mock(asked=0), "Log": mock.Mock()}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(optim, "make_optimizer", lambda *args: Recorder()))
+        stack.enter_context(mock.patch.object(config, "make_optimizer", lambda *args: Recorder()))
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(common, name, stub))
         yield seen
+
+
+def train(options):
+    """What train_hyper.py does with these options."""
+    folder = os.path.join(options.runs, options.name or options.stage)
+    train_hyper.train(options, common.Run(folder, options, 0, 1, {}))
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +365,7 @@ def step(runs):
     def run(*flags):
         if flags not in made:
             with in_float64(), one_step() as seen:
-                train_hyper.train(student_options(*runs, *flags), 0, 1)
+                train(student_options(*runs, *flags))
             made[flags] = seen
         return made[flags]
     return run
@@ -395,18 +404,18 @@ def by_hand(options, lambda_ins):
     llm, tokenizer = t5.load_llm(f"{options.runs}/meta")
     tagi = TAGI(llm, tokenizer, options)
     common.load_weights(tagi.trainable(), f"{options.runs}/pretrain")
-    get_batch, units = train_hyper.finetune_batches(options, tagi, 1)
+    get_batch, units = train_hyper.finetune_batches(options, tagi, 1, data.training_tasks(options))
     batch = get_batch(0, 0)
-    K, labels = len(batch["unit"]), batch["labels"]
-    assert sorted(batch["unit"].tolist()) == [0, 1, 2] and len(labels) == 6
+    K, labels = len(batch["teacher"]), batch["labels"]
+    assert sorted(batch["teacher"].tolist()) == [0, 1, 2] and len(labels) == 6
 
     plain = t5.load_llm(f"{options.runs}/meta")[0].requires_grad_(False)
     options.llm_fingerprint = t5.fingerprint(plain)
     lora.inject_lora(plain, ["q", "v"], 2, 3)
-    teachers = train_teacher.load_teachers(f"{options.runs}/lora", units, plain, options, "")
+    teachers = lora.load_teachers(f"{options.runs}/lora", units, plain, vars(options), "")
     teacher_logits = []
     for n in range(6):
-        lora.merge(plain, lora.select(teachers, batch["unit"][n // 2].item()))
+        lora.merge(plain, lora.select(teachers, batch["teacher"][n // 2].item()))
         ids, mask = (x[n:n + 1] for x in batch["prompt"])
         teacher_logits.append(plain(input_ids=ids, attention_mask=mask, labels=labels[n:n + 1]).logits)
         lora.unmerge(plain)
@@ -417,7 +426,7 @@ def by_hand(options, lambda_ins):
     keep = labels != data.IGNORE
     p, q = (torch.distributions.Categorical(logits=x[keep]) for x in (torch.cat(teacher_logits), logits))
     kl = torch.distributions.kl_divergence(p, q).mean()
-    ins = [torch.cat([(w[k] - teachers[s][i][batch["unit"][k]]).flatten() for s, ab in adapter.weights.items()
+    ins = [torch.cat([(w[k] - teachers[s][i][batch["teacher"][k]]).flatten() for s, ab in adapter.weights.items()
                       for i, w in enumerate(ab)]).square().mean() for k in range(K)]
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=data.IGNORE) + 5 * kl + sum(
         (torch.sigmoid(x.detach()) if lambda_ins == "sigmoid" else 1000) * x for x in ins) / K
@@ -460,8 +469,8 @@ def test_no_pretrained_starts_anew_and_otherwise_from_the_pretrain_stage(step, r
         fresh = TAGI(*t5.load_llm(f"{options.runs}/meta"), options).trainable()
     saved = common.load_file(f"{options.runs}/pretrain/model.safetensors")
     for flags, expected in (((), saved), (("--no-pretrained",), fresh),
-                            (("--no-hypernetwork",), part(saved, *GROUPS - {"generator"})),
-                            (("--no-fusion",), part(saved, *GROUPS - {"fusion"}))):
+                            (("--generator=none",), part(saved, *GROUPS - {"generator"})),
+                            (("--fusion=none",), part(saved, *GROUPS - {"fusion"}))):
         start = step(*flags)["start"]
         assert start.keys() == expected.keys()
         assert all(torch.equal(start[n], expected[n].double()) for n in start)
@@ -472,7 +481,7 @@ def test_a_step_over_two_micro_batches_is_the_mean_over_their_tokens_and_tasks(s
     flags = ("--tasks=2", "--instances=1", "--seed=5")
     options = student_options(*runs, *flags)
     llm, tokenizer = t5.load_llm(f"{options.runs}/meta")
-    get_batch, units = train_hyper.finetune_batches(options, TAGI(llm, tokenizer, options), 2)
+    get_batch, units = train_hyper.finetune_batches(options, TAGI(llm, tokenizer, options), 2, data.training_tasks(options))
     batches = [get_batch(0, micro) for micro in range(2)]
     a, b = ((batch["labels"] != data.IGNORE).sum().item() for batch in batches)
     assert a != b
@@ -481,12 +490,12 @@ def test_a_step_over_two_micro_batches_is_the_mean_over_their_tokens_and_tasks(s
         with mock.patch.object(train_hyper, "finetune_batches", lambda *args: (lambda step, micro: batch, units)):
             for own in (CE, KL, ("--lambda-kl=0",)):
                 with in_float64(), one_step() as seen:
-                    train_hyper.train(student_options(*runs, *flags, *own), 0, 1)
+                    train(student_options(*runs, *flags, *own))
                 alone.append(seen)
     first_ce, first_kl, first_ins, second_ce, second_kl, second_ins = alone
     for own, first, second in ((CE, first_ce, second_ce), (KL, first_kl, second_kl)):
         same(step(*flags, *own, "--accumulate=2"), combine((a / (a + b), first), (b / (a + b), second)))
-    n = [len(batch["unit"]) for batch in batches]
+    n = [len(batch["teacher"]) for batch in batches]
     share = n[0] / sum(n)
     ins = combine((share, first_ins), (-share, first_ce), (1 - share, second_ins), (share - 1, second_ce))
     both = combine((1, step(*flags, "--lambda-kl=0", "--accumulate=2")), (-1, step(*flags, *CE, "--accumulate=2")))
@@ -499,16 +508,16 @@ def test_an_instruction_drawn_twice_is_read_once(step, runs, instances):
     flags = ("--tasks=5", f"--instances={instances}", "--lambda-ins=0")
     options = student_options(*runs, *flags)
     tagi = make_tagi("v1.1", *runs)[0]
-    get_batch, units = train_hyper.finetune_batches(options, tagi, 1)
+    get_batch, units = train_hyper.finetune_batches(options, tagi, 1, data.training_tasks(options))
     batch = get_batch(0, 0)
-    K = len(batch["unit"])
+    K = len(batch["teacher"])
     assert K == len(batch["instruction"][0]) < 5 and len(batch["index"]) == 5 * instances == len(batch["labels"])
     index, rows = batch["index"], range(5 * instances)
-    repeated = batch | {"instruction": [x[index] for x in batch["instruction"]], "unit": batch["unit"][index], "index": None}
-    assert len({tuple(row) for row in repeated["instruction"][0].tolist()}) == K and len(rows) == len(repeated["unit"])
+    repeated = batch | {"instruction": [x[index] for x in batch["instruction"]], "teacher": batch["teacher"][index], "index": None}
+    assert len({tuple(row) for row in repeated["instruction"][0].tolist()}) == K and len(rows) == len(repeated["teacher"])
     with mock.patch.object(train_hyper, "finetune_batches", lambda *args: (lambda step, micro: repeated, units)), \
             in_float64(), one_step() as expected:
-        train_hyper.train(options, 0, 1)
+        train(options)
     same(step(*flags), expected)
 
 
@@ -516,7 +525,7 @@ def test_the_teacher_runs_without_any_of_the_students_parts(runs, exact):
     """run_teacher reads the prompt with the frozen LLM, plain or with each instance's LoRA teacher, and resets it."""
     tagi, plain = (model.double() for model in make_tagi("v1.1", *runs))
     randomize(tagi)
-    batch = train_hyper.finetune_batches(tagi.options, tagi, 1)[0](0, 0)
+    batch = train_hyper.finetune_batches(tagi.options, tagi, 1, data.training_tasks(tagi.options))[0](0, 0)
     ids, mask = batch["prompt"]
     with torch.no_grad():
         expected = plain(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits[batch["labels"] != data.IGNORE]

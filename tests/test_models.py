@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import bench
 import common
+import config
 import data
-import draw
 import evaluate
 import lora
-import optim
-import report
 import t5
 import train_teacher
+from bench import predictions, report
 from conftest import INPUTS, KINDS, OUTPUTS, apart, make_llm, make_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------- the LLM
@@ -26,9 +24,9 @@ from conftest import INPUTS, KINDS, OUTPUTS, apart, make_llm, make_tokenizer
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_llm_comes_back_bit_for_bit_and_its_head_stays_tied_or_untied(kind, tmp_path):
-    """save_llm and load_llm: the same weights, logits, answers, fingerprint and tokenizer."""
+    """Saved as stages do it, and load_llm: the same weights, logits, answers, fingerprint and tokenizer."""
     llm, tokenizer = make_llm(kind), make_tokenizer()
-    train_teacher.save_llm(str(tmp_path), train_teacher.parser().parse_args([]), llm, tokenizer, finished=True)
+    train_teacher.save_llm(str(tmp_path), vars(train_teacher.parser().parse_args([])), llm, tokenizer, finished=True)
     loaded, loaded_tokenizer = t5.load_llm(str(tmp_path))
     assert type(loaded) is type(llm) and loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
     assert loaded_tokenizer(INPUTS)["input_ids"] == tokenizer(INPUTS)["input_ids"]
@@ -47,7 +45,7 @@ def test_a_saved_llm_comes_back_bit_for_bit_and_its_head_stays_tied_or_untied(ki
 def test_the_built_in_model_is_untied_and_finite():
     """tiny_t5 has a head of its own, which saving and loading keep (above), and starts near the uniform loss."""
     tokenizer = make_tokenizer()
-    llm = train_teacher.tiny_t5(train_teacher.parser().parse_args([]), tokenizer)
+    llm = t5.tiny_t5(len(tokenizer), seed=0)
     assert llm.lm_head.weight is not llm.shared.weight and llm.config.vocab_size == len(tokenizer)
     ids, mask = data.tokenize(tokenizer, INPUTS, 64)
     loss = llm(input_ids=ids, attention_mask=mask, labels=data.labels(tokenizer, OUTPUTS, 64)).loss
@@ -60,7 +58,7 @@ def test_muon_takes_the_matrices_between_layers_and_adamw_the_rest(kind):
     llm = make_llm(kind)
     options = train_teacher.parser().parse_args(["--optimizer", "muon", "--lr", "0.01"])
     parameters = dict(llm.named_parameters())
-    adamw, muon = optim.make_optimizer(parameters, options).parts
+    adamw, muon = config.make_optimizer(parameters, options).parts
     names = {id(p): name for name, p in parameters.items()}
     its, rest = ([names[id(p)] for group in part.param_groups for p in group["params"]] for part in (muon, adamw))
     assert sorted(its + rest) == sorted(parameters)
@@ -74,11 +72,11 @@ def test_muon_takes_the_matrices_between_layers_and_adamw_the_rest(kind):
             optimizer.step()
 
     start = copy.deepcopy(llm.state_dict())
-    train(optim.make_optimizer(parameters, options), range(4))
+    train(config.make_optimizer(parameters, options), range(4))
     straight = copy.deepcopy(llm.state_dict())
     assert all(not torch.equal(start[name], straight[name]) for name in start)
     llm.load_state_dict(start)
-    first, second = (optim.make_optimizer(parameters, options) for _ in range(2))
+    first, second = (config.make_optimizer(parameters, options) for _ in range(2))
     train(first, range(2))
     second.load_state_dict(first.state_dict())
     train(second, range(2, 4))
@@ -106,15 +104,16 @@ def test_a_folder_without_a_model_is_one_line(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- teachers
 
 def teach(folder, llm, group, units, *flags):
-    """train_teachers for this group of units -> their weights as load_teachers reads them."""
+    """train_group for this group of teachers -> their weights as load_teachers reads them."""
     options = train_teacher.parser().parse_args(["--steps=3", "--lr=0.001", "--tasks=1", "--instances=2", "--rank=2", "--alpha=4",
                                                  "--device=cpu", "--max-output=8", *flags])
-    options.llm_fingerprint = "print"
+    record = vars(options) | {"llm_fingerprint": "print"}
     folder.mkdir(exist_ok=True)
     llm.requires_grad_(False)
     lora.inject_lora(llm, ["q", "v"], options.rank, options.alpha)
-    train_teacher.train_teachers(str(folder), options, llm, make_tokenizer(), group, units, mock.Mock(asked=0), 0)
-    return train_teacher.load_teachers(str(folder), group, llm, options, "")
+    run = mock.Mock(folder=str(folder), options=options, rank=0, stop=mock.Mock(asked=0), record=lambda: record)
+    train_teacher.train_group(run, llm, make_tokenizer(), group, units)
+    return lora.load_teachers(str(folder), group, llm, record, "")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,8 +138,8 @@ def test_a_teacher_in_a_group_is_the_teacher_trained_alone(demos, tasks, tmp_pat
     group = teach(tmp_path / "group", make_llm("v1.1"), sorted(units), units, f"--demos={demos}")
     for n, unit in enumerate(sorted(units)):
         alone = teach(tmp_path / unit, make_llm("v1.1"), [unit], units, f"--demos={demos}")
-        its = train_teacher.flatten(lora.select(group, n))
-        assert apart(train_teacher.flatten(lora.select(alone, 0)), its, lr=1e-3) < 0.03
+        its = lora.flatten(lora.select(group, n))
+        assert apart(lora.flatten(lora.select(alone, 0)), its, lr=1e-3) < 0.03
 
 
 @pytest.mark.parametrize("more", [[], ["--bucket-steps=4"]])
@@ -152,8 +151,8 @@ def test_a_teacher_among_sixteen_is_the_teacher_trained_alone(tasks, tmp_path, m
     group = teach(tmp_path / "group", make_llm("v1.1"), sorted(units), units, *flags)
     for n in (0, 7, 15):
         alone = teach(tmp_path / str(n), make_llm("v1.1"), [f"unit{n:02}"], units, *flags)
-        its = train_teacher.flatten(lora.select(group, n))
-        assert apart(train_teacher.flatten(lora.select(alone, 0)), its, lr=1e-4) < 0.03
+        its = lora.flatten(lora.select(group, n))
+        assert apart(lora.flatten(lora.select(alone, 0)), its, lr=1e-4) < 0.03
     assert all((B[0] - B[15]).abs().max() > 1e-4 for _, B in group.values())
 
 
@@ -161,19 +160,18 @@ def test_a_missing_teacher_or_one_of_another_llm_rank_or_alpha_is_one_line(tasks
     """load_teachers names the folder and the command, or what does not fit."""
     llm, units = make_llm("v1.1"), {"one": [tasks[0]]}
     teach(tmp_path, llm, ["one"], units)
-    options = train_teacher.parser().parse_args(["--rank=2", "--alpha=4"])
-    options.llm_fingerprint = "print"
+    expected = {"rank": 2, "alpha": 4, "llm_fingerprint": "print"}
     with pytest.raises(common.UserError, match="two.*no LoRA teacher for two; first run COMMAND"):
-        train_teacher.load_teachers(str(tmp_path), ["one", "two"], llm, options, "COMMAND")
-    options.llm_fingerprint = "other print"
+        lora.load_teachers(str(tmp_path), ["one", "two"], llm, expected, "COMMAND")
+    expected["llm_fingerprint"] = "other print"
     with pytest.raises(common.UserError, match="another LLM"):
-        train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "")
-    options.llm_fingerprint, options.rank = "print", 3
+        lora.load_teachers(str(tmp_path), ["one"], llm, expected, "")
+    expected |= {"llm_fingerprint": "print", "rank": 3}
     with pytest.raises(common.UserError, match="--rank 2, not 3.*COMMAND --fresh"):
-        train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "COMMAND")
-    options.rank, options.alpha = 2, 8
+        lora.load_teachers(str(tmp_path), ["one"], llm, expected, "COMMAND")
+    expected |= {"rank": 2, "alpha": 8}
     with pytest.raises(common.UserError, match="--alpha 4.0, not 8.*COMMAND --fresh"):
-        train_teacher.load_teachers(str(tmp_path), ["one"], llm, options, "COMMAND")
+        lora.load_teachers(str(tmp_path), ["one"], llm, expected, "COMMAND")
 
 
 # -------------------------------------------------------------------------------------------------------------- texts
@@ -232,8 +230,8 @@ def test_texts_are_padded_right_and_labels_ignore_padding():
 def test_draws_are_a_pure_function_of_their_key(tasks):
     """The same (seed, step, micro-batch) draws the same, another one something else; pairs are the task's own."""
     def drawn(*key, n=2, instances=3, demos="mixed"):
-        n_demos = draw.n_demonstrations(demos, *key[:2])
-        return draw.draw_tasks(tasks, draw.generator(*key), n, instances, n_demos)
+        n_demos = data.n_demonstrations(demos, *key[:2])
+        return data.draw_tasks(tasks, data.rng_of(*key), n, instances, n_demos)
 
     assert drawn(0, 1, 2) == drawn(0, 1, 2)
     assert len({str(drawn(*key)) for key in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1)]}) == 5
@@ -251,14 +249,13 @@ def test_draws_are_a_pure_function_of_their_key(tasks):
 def test_length_buckets_hold_every_item_once_with_little_padding(window, n_micro):
     """A step of a window of one keeps its own items; in larger ones steps of all lengths come in random order."""
     def draws(step, micro):
-        return ["x" * n for n in draw.generator(0, step, micro).integers(1, 100, size=5)]
+        return ["x" * n for n in data.rng_of(0, step, micro).integers(1, 100, size=5)]
 
     def padding(deal):
         batches = [deal(step, micro) for step in range(8) for micro in range(n_micro)]
         return sum(len(batch) * max(map(len, batch)) - sum(map(len, batch)) for batch in batches)
 
-    options = argparse.Namespace(bucket_steps=window, seed=0)
-    deal = draw.by_length(draws, options, n_micro)
+    deal = data.by_length(draws, window, 0, n_micro)
     if window == 0:
         assert deal is draws
         return
@@ -267,7 +264,7 @@ def test_length_buckets_hold_every_item_once_with_little_padding(window, n_micro
                         for of in (deal, draws))
         assert sorted(dealt) == sorted(drawn)
     assert window * n_micro == 1 or padding(deal) < 0.7 * padding(draws)
-    assert draw.by_length(draws, options, n_micro)(5, 0) == deal(5, 0)                    # a resumed run's
+    assert data.by_length(draws, window, 0, n_micro)(5, 0) == deal(5, 0)                    # a resumed run's
     firsts = [len(deal(step, 0)[0]) for step in range(8)]
     assert window == 1 or firsts[:4] != sorted(firsts[:4]) or firsts[4:] != sorted(firsts[4:])
     ranks = [sorted(len(x) for x in deal(5, micro)) for micro in range(n_micro)]
@@ -283,7 +280,7 @@ def test_document_is_cut_into_pieces_that_join_to_a_window(length, parts, limit)
         return {"input_ids": [ids for _ in texts]}
 
     for step in range(60):
-        pieces, again = draw.cut_documents(["text"] * 2, tokenizer, parts, limit, draw.generator(0, step))
+        pieces, again = data.cut_documents(["text"] * 2, tokenizer, parts, limit, data.rng_of(0, step))
         assert list(map(len, pieces)) == list(map(len, again))          # one place to cut, the same for the whole batch
         window = [i for piece in pieces for i in piece]
         assert len(pieces) == parts and all(pieces) and len(window) == min(length, limit)
@@ -298,13 +295,13 @@ def test_varied_demonstrations_are_other_instances_of_the_task(tasks):
     task = data.Task(task.name, task.category, task.definitions, task.demonstrations,
                      [data.Instance(str(i), f"in {i}", [f"out {i}"]) for i in range(4)])
     for step in range(20):
-        drawn = draw.draw_task(task, draw.generator(0, step), 1, 2, vary=True)
+        drawn = data.draw_task(task, data.rng_of(0, step), 1, 2, vary=True)
         assert len(drawn.demonstrations) == 2 and len(drawn.pairs) == 1 and drawn.pairs[0] not in drawn.demonstrations
 
 
 def test_unit_of_names_category_task_or_all(tasks):
     """What a LoRA teacher is for."""
-    assert [data.unit_of(tasks[1], unit) for unit in ("category", "task", "all")] == ["two", "task1", "all"]
+    assert [data.teacher_of(tasks[1], unit) for unit in ("category", "task", "all")] == ["two", "task1", "all"]
 
 
 # -------------------------------------------------------------------------------------------------------- SNI's layout
@@ -384,20 +381,20 @@ def test_exact_match_golden_values():
     for prediction, references, official, strict in [
             (" a  b\n", ["x", "a b"], 1, 1), ("A b.", ["a b"], 1, 0), ("a", ["a b"], 0, 0), ("( a )", ["[ a ]"], 1, 0),
             ("don't", ["dont"], 1, 0), ("a–b", ["ab"], 0, 0), ("", ["."], 1, 0), ("a-b", ["a b"], 0, 0)]:
-        assert evaluate.exact_match(prediction, references) == official
-        assert evaluate.exact_match(prediction, references, strict=True) == strict
+        assert report.exact_match(prediction, references) == official
+        assert report.exact_match(prediction, references, strict=True) == strict
 
 
 def test_score_means_over_instances_by_category_and_by_task(tasks):
     """Exact match x 100 of a row whose first task is all right, by hand; categories hold two tasks and one."""
     records = [{"task": t.name, "category": t.category, "references": x.outputs,
                 "prediction": x.outputs[0].upper() if t is tasks[0] else "wrong"} for t in tasks for x in t.instances]
-    result = evaluate.score("row", 0, records, strict=False)
+    result = report.score("row", 0, records, strict=False)
     assert result["exact_match"] == result["rouge_l"] == pytest.approx(100 / 3)
     assert result["by_category"]["exact_match"] == result["by_category"]["rouge_l"] == {"one": 50.0, "two": 0.0}
     assert result["by_task"]["exact_match"] == {"task0": 100.0, "task1": 0.0, "task2": 0.0}
     assert (result["tasks"], result["instances"]) == (3, 12)
-    assert evaluate.score("row", 0, records, strict=True)["exact_match"] == 0
+    assert report.score("row", 0, records, strict=True)["exact_match"] == 0
 
 
 def test_bootstrap_interval_is_over_tasks():
@@ -417,11 +414,11 @@ def test_bootstrap_interval_is_over_tasks():
 def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its_interval_holds_zero():
     """Differences -10, -11, -12 are far from 0 (95 % half width 4.30 / sqrt 3); -10, 10, -3 are not."""
     def rows(*scores):
-        return {demos: [{"exact_match": x + demos} for x in scores] for demos in (0, 2)}
+        return {demos: [x + demos for x in scores] for demos in (0, 2)}
 
     table = report.ablation_table({
         "TAGI, whole method": rows(80, 70, 90), "without pretraining": rows(70, 59, 78), "without L_kl": rows(70, 80, 87),
-        "copy the input": rows(1, 2, 3)}, argparse.Namespace(split="test", seeds=3))
+        "copy the input": rows(1, 2, 3)}, "test")
     lines = table.splitlines()
     assert "| TAGI, whole method | 80.0 ± 10.0 | 82.0 ± 10.0 |" in lines
     assert "| without pretraining | 69.0 ± 9.5 (-11.0 ± 2.5) | 71.0 ± 9.5 (-11.0 ± 2.5) |" in lines
@@ -430,8 +427,8 @@ def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its
 
 
 def test_a_shuffled_instruction_is_of_another_category(tasks):
-    others = bench.of_another_kind(tasks)
+    others = predictions.of_another_kind(tasks)
     assert all(a.category != b.category for a, b in zip(tasks, others))
-    assert others == bench.of_another_kind(tasks)
+    assert others == predictions.of_another_kind(tasks)
     same = [tasks[0], tasks[2]]                                 # of one category: any other task
-    assert bench.of_another_kind(same) == same[::-1]
+    assert predictions.of_another_kind(same) == same[::-1]

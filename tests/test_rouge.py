@@ -8,7 +8,7 @@ import pytest
 from rouge_score import rouge_scorer
 
 import evaluate
-import rouge
+from bench import rouge
 
 SCORER = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 

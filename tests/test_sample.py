@@ -1,4 +1,4 @@
-"""The built-in suite: deterministic, without leaks, right answers, and a tokenizer that keeps them."""
+"""The built-in suite: deterministic, without leaks, right answers, a tokenizer that keeps them."""
 import filecmp
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-import sample
+from bench import concepts, sample
 
 SPLITS = ("train", "validation", "test", "validation_unseen_wording", "test_unseen_wording")
 
@@ -24,8 +24,11 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="session")
 def suite(root):
     """split -> {task name: task file}"""
-    names = {s: (root / "splits" / "default" / f"{s}_tasks.txt").read_text().split() for s in SPLITS}
-    return {s: {n: json.loads((root / "tasks" / f"{n}.json").read_text()) for n in names[s]} for s in SPLITS}
+    files = {}
+    for split in SPLITS:
+        names = (root / "splits" / "default" / f"{split}_tasks.txt").read_text().split()
+        files[split] = {n: json.loads((root / "tasks" / f"{n}.json").read_text()) for n in names}
+    return files
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +43,7 @@ def tokenizer(root):
 
 
 def words(texts):
-    return {word.lower() for word in sample.pieces_of(texts)}
+    return {word.lower() for word in concepts.pieces_of(texts)}
 
 
 def texts_of(entry):
@@ -50,7 +53,8 @@ def texts_of(entry):
 
 
 def files_under(root):
-    return sorted(os.path.relpath(os.path.join(d, f), root) for d, _, files in os.walk(root) for f in files)
+    return sorted(os.path.relpath(os.path.join(folder, file), root)
+                  for folder, _, files in os.walk(root) for file in files)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_suite(root, tmp_path):
@@ -59,12 +63,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_suite(root,
     assert names == files_under(tmp_path / "again")
     assert filecmp.cmpfiles(root, tmp_path / "again", names, shallow=False)[1:] == ([], [])
     assert not os.path.exists(str(root) + ".tmp")
-    held = [{(t.operands, t.form) for t in sample.split_tasks(random.Random(seed))["test"]} for seed in (0, 1)]
+    splits = [sample.split_tasks(random.Random(seed)) for seed in (0, 1)]
+    held = [{(task.operands, task.form) for task in split["test"]} for split in splits]
     assert len(held[0] & held[1]) < len(held[0]) / 2
 
 
 def test_splits_are_disjoint_and_have_their_sizes(suite, root):
-    assert len(suite["train"]) >= 400 and len(suite["validation"]) >= 20 and len(suite["test"]) >= 40
+    assert len(suite["train"]) >= 400
+    assert len(suite["validation"]) >= 20 and len(suite["test"]) >= 40
     for split in ("validation", "test"):
         assert list(suite[split + "_unseen_wording"]) == [n + "_reworded" for n in suite[split]]
     names = [n for s in SPLITS for n in suite[s]]
@@ -86,19 +92,23 @@ def test_instances_are_distinct_and_no_demonstration_is_among_them(suite):
 @pytest.mark.parametrize("seed", range(12))
 def test_no_combination_of_a_held_out_task_is_in_training(seed):
     split = sample.split_tasks(random.Random(seed))
-    assert [len(split[s]) >= n for s, n in (("train", 1000), ("validation", 40), ("test", 60))] == [True] * 3
+    for name, n in (("train", 1000), ("validation", 40), ("test", 60)):
+        assert len(split[name]) >= n
     taught = set().union(*map(sample.parts_of, split["train"]))
     held = split["validation"] + split["test"]
     assert not any(sample.combination(task) in taught for task in held)
     assert len(set(map(sample.combination, held))) == len(held)
     for task in held:  # each concept is known from other combinations in the same category
+        taught = [t for t in split["train"] if t.category == task.category]
         for part in (*task.operands, task.form):
-            assert sum(part in (*t.operands, t.form) for t in split["train"] if t.category == task.category) >= 2
+            assert sum(part in (*t.operands, t.form) for t in taught) >= 2
 
 
 def test_a_pair_is_held_out_in_both_orders_and_every_form():
-    one, other = (sample.Task("Pair Extraction", "sentence", *rest) for rest in ((("city", "day"), "and"), (("day", "city"), "or")))
-    assert sample.combination(one) == sample.combination(other) != sample.combination(one._replace(source="list"))
+    one = sample.Task("Pair Extraction", "sentence", ("city", "day"), "and")
+    other = sample.Task("Pair Extraction", "sentence", ("day", "city"), "or")
+    assert sample.combination(one) == sample.combination(other)
+    assert sample.combination(other) != sample.combination(one._replace(source="list"))
     single = sample.Task("Text Formatting", "sentence", ("city",), "stars")
     assert sample.combination(single) != sample.combination(single._replace(form="quotes"))
 
@@ -107,7 +117,8 @@ def test_definitions_are_many_and_belong_to_one_task_each(suite):
     owners = {}
     for split in SPLITS:
         for name, entry in suite[split].items():
-            assert len(entry["Definition"]) == len(set(entry["Definition"])) >= (3 if "wording" in split else 8)
+            assert len(entry["Definition"]) == len(set(entry["Definition"]))
+            assert len(entry["Definition"]) >= (3 if "wording" in split else 8)
             for definition in entry["Definition"]:
                 assert owners.setdefault(definition, name) == name
 
@@ -120,18 +131,22 @@ def test_unseen_wordings_use_known_words_in_patterns_no_other_task_has(suite):
         assert not seen & {d.lower() for d in unseen}
         assert words(unseen) <= words(d for e in suite["train"].values() for d in e["Definition"])
         for name, entry in suite[split].items():
-            assert {**suite[split + "_unseen_wording"][name + "_reworded"], "Definition": 0} == {**entry, "Definition": 0}
+            reworded = suite[split + "_unseen_wording"][name + "_reworded"]
+            assert {**reworded, "Definition": 0} == {**entry, "Definition": 0}
     patterns = sample.TABLES["unseen_asks"] + sample.TABLES["unseen_class_asks"]
-    assert not set(patterns) & {o + a for o in ["", *sample.TABLES["openings"]] for a in sample.TABLES["class_asks"]}
-    built = re.compile("|".join(re.escape(c) + "[.?]?" + re.escape(t) + "[.?]?" for c in sample.TABLES["cores"]
-                                for t in sample.TABLES["tails"]))
+    openings, asks = ["", *sample.TABLES["openings"]], sample.TABLES["class_asks"]
+    assert not set(patterns) & {opening + ask for opening in openings for ask in asks}
+    built = re.compile("|".join(re.escape(core) + "[.?]?" + re.escape(tail) + "[.?]?"
+                                for core in sample.TABLES["cores"]
+                                for tail in sample.TABLES["tails"]))
     assert not any(built.fullmatch(pattern) for pattern in patterns)
 
 
 def test_every_pair_of_slots_occurs_in_several_sentences():
     for a in sample.SLOTS:
         for b in sample.SLOTS:
-            assert sum("{%s}" % a in t and "{%s}" % b in t for t in sample.TABLES["events"]) >= 2, (a, b)
+            both = [t for t in sample.TABLES["events"] if "{%s}" % a in t and "{%s}" % b in t]
+            assert len(both) >= 2, (a, b)
 
 
 def test_answers_are_the_slots_of_the_input():
@@ -140,21 +155,30 @@ def test_answers_are_the_slots_of_the_input():
         for record, output in sample.draw_examples(rng, task, 3)[1]:
             for operand in task.operands:
                 if operand in sample.SLOTS:  # the one value of that slot that the text holds
-                    held = [w for w in sample.pieces_of([record.text]) if w in sample.SLOTS[operand][1]]
-                    assert len(held) == 1 and held[0] in sample.pieces_of([output])
+                    pieces = concepts.pieces_of([record.text])
+                    held = [word for word in pieces if word in sample.SLOTS[operand][1]]
+                    assert len(held) == 1 and held[0] in concepts.pieces_of([output])
 
 
 def test_known_answers():
-    record = sample.Record("dog, Paris, red, seven.", {"animal": "dog", "city": "Paris", "colour": "red", "number": "seven",
-                                                      "first": "dog", "second": "Paris", "third": "red", "last": "seven"})
-    for operands, form, output in ((("number", "city"), "plus", "seven plus Paris"), (("country",), "quotes", '"France"'),
-                                   (("young",), "thrice", "puppy puppy puppy"), (("europe",), "up_down", "up"),
-                                   (("wild",), "yes_no", "no"), (("wild",), "down_up", "up"), (("last",), "stars", "*seven*"),
-                                   (("colour", "next_number"), "comma", "red, eight"), (("previous_number",), "plain", "six"),
-                                   (("second", "animal", "language"), "dash", "Paris - dog - French")):
+    record = concepts.Record("dog, Paris, red, seven.", {
+        "animal": "dog", "city": "Paris", "colour": "red", "number": "seven",
+        "first": "dog", "second": "Paris", "third": "red", "last": "seven"})
+    for operands, form, output in (
+            (("number", "city"), "plus", "seven plus Paris"),
+            (("country",), "quotes", '"France"'),
+            (("young",), "thrice", "puppy puppy puppy"),
+            (("europe",), "up_down", "up"),
+            (("wild",), "yes_no", "no"),
+            (("wild",), "down_up", "up"),
+            (("last",), "stars", "*seven*"),
+            (("colour", "next_number"), "comma", "red, eight"),
+            (("previous_number",), "plain", "six"),
+            (("second", "animal", "language"), "dash", "Paris - dog - French")):
         assert sample.answer(sample.Task("", "list", operands, form), record) == output
-    in_lower_case = sample.Record(record.text.lower(), record.facts, lower=True)
-    assert sample.answer(sample.Task("", "list", ("city", "country"), "and"), in_lower_case) == "paris and france"
+    in_lower_case = concepts.Record(record.text.lower(), record.facts, lower=True)
+    task = sample.Task("", "list", ("city", "country"), "and")
+    assert sample.answer(task, in_lower_case) == "paris and france"
 
 
 def test_positions_are_those_of_the_list():
@@ -168,12 +192,14 @@ def test_positions_are_those_of_the_list():
 def test_training_inputs_are_varied_and_those_of_the_other_splits_are_not(suite):
     for split in SPLITS:
         inputs = [i["input"] for e in suite[split].values() for i in e["Instances"]]
-        lower, unended = sum(x == x.lower() for x in inputs), sum(not x.endswith(".") for x in inputs)
+        lower = sum(x == x.lower() for x in inputs)
+        unended = sum(not x.endswith(".") for x in inputs)
         if split == "train":
             assert 0.1 < lower / len(inputs) and 0.1 < unended / len(inputs) < 0.2
         else:
             assert unended == 0
-            sentences = [i["input"] for n, e in suite[split].items() if "sentence" in n for i in e["Instances"]]
+            sentences = [i["input"] for name, entry in suite[split].items() if "sentence" in name
+                         for i in entry["Instances"]]
             assert not any(x == x.lower() for x in sentences)
 
 
@@ -186,7 +212,8 @@ def test_negative_examples_are_wrong(suite):
 
 def test_copying_scores_next_to_nothing(suite):
     for split in ("test", "test_unseen_wording"):
-        pairs = [(i, e["Positive Examples"][0]["output"]) for e in suite[split].values() for i in e["Instances"]]
+        pairs = [(i, entry["Positive Examples"][0]["output"])
+                 for entry in suite[split].values() for i in entry["Instances"]]
         assert sum(i["input"] == i["output"][0] for i, _ in pairs) == 0
         assert sum(shown == i["output"][0] for i, shown in pairs) < 0.12 * len(pairs)
         classes = sum(e["Categories"] == ["Text Classification"] for e in suite[split].values())
@@ -194,10 +221,15 @@ def test_copying_scores_next_to_nothing(suite):
 
 
 def test_corpus_has_no_definition_but_bare_questions(suite, corpus):
-    """A document may ask what a task asks for that wants one word alone (see sample.py); nothing beyond that."""
-    assert len(corpus) == sample.DOCUMENTS and 20 < sum(len(d.split()) for d in corpus) / len(corpus) < 60
+    """A document may ask what a task asks for that wants one word alone; nothing beyond that."""
+    assert len(corpus) == sample.DOCUMENTS
+    assert 20 < sum(len(d.split()) for d in corpus) / len(corpus) < 60
     text = "\n".join(corpus)
-    definitions = {d for s in SPLITS for n, e in suite[s].items() for d in e["Definition"] if "_plain" not in n}
+    definitions = set()
+    for split in SPLITS:
+        for name, entry in suite[split].items():
+            if "_plain" not in name:
+                definitions.update(entry["Definition"])
     assert len(definitions) > 15000 and not any(d in text for d in definitions)
 
 
@@ -209,15 +241,17 @@ def test_the_tokenizer_knows_every_word_of_the_suite_as_one_piece(suite, corpus,
     texts = corpus + sorted({t for s in SPLITS for e in suite[s].values() for t in texts_of(e)})
     rows = tokenizer(texts, add_special_tokens=False).input_ids
     assert all(tokenizer.unk_token_id not in row for row in rows)
-    assert all(tokenizer.convert_ids_to_tokens(row) == re.findall(r"(?i:n't)|'\w+|(?:(?!(?i:n't))\w)+|[^\w\s]", text)
+    piece = re.compile(r"(?i:n't)|'\w+|(?:(?!(?i:n't))\w)+|[^\w\s]")
+    assert all(tokenizer.convert_ids_to_tokens(row) == piece.findall(text)
                for row, text in zip(rows, texts))
 
 
 def test_the_tokenizer_has_t5s_special_tokens_and_takes_the_usual_prompt(tokenizer):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
-    assert len(tokenizer) == len(sample.vocabulary()) < 2100
+    assert len(tokenizer) == len(concepts.vocabulary()) < 2100
     assert tokenizer("lamp").input_ids == [tokenizer.get_vocab()["lamp"], 1]
-    prompt = ("Definition: Write the city twice.\n\n Positive Example 1 -\nInput: Rome, dog.\n Output: Rome Rome.\n\n"
+    prompt = ("Definition: Write the city twice.\n\n"
+              " Positive Example 1 -\nInput: Rome, dog.\n Output: Rome Rome.\n\n"
               "Now complete the following example -\nInput: seven, Lima.\nOutput: ")
     assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids
 
@@ -225,20 +259,28 @@ def test_the_tokenizer_has_t5s_special_tokens_and_takes_the_usual_prompt(tokeniz
 def test_spaces_around_punctuation_and_typographic_signs_make_no_difference(tokenizer):
     plain = tokenizer("Don't write \"Paris\", it's [Rome]: the animal's young!").input_ids
     assert tokenizer.unk_token_id not in plain
-    for text in ("Don't write \" Paris \" , it's [ Rome ] : the animal's young !", "Don’t write “Paris”,it’s [Rome]:the animal’s young !"):
+    for text in ("Don't write \" Paris \" , it's [ Rome ] : the animal's young !",
+                 "Don’t write “Paris”,it’s [Rome]:the animal’s young !"):
         assert tokenizer(text).input_ids == plain
-    words = [w for table in ("slots", "function_words") for text in sample.strings(sample.TABLES[table]) for w in sample.pieces_of([text])]
-    for word in words:
-        assert tokenizer.unk_token_id not in tokenizer(f"{word} {word.lower()} {word.capitalize()}").input_ids, word
-    asked = sample.pieces_of(sample.strings(sample.TABLES["cores"]))
-    assert tokenizer.unk_token_id not in tokenizer(" ".join(asked).upper().replace("N'T", "")).input_ids
+    tables = [sample.TABLES["slots"], sample.TABLES["function_words"]]
+    for word in concepts.pieces_of(concepts.strings(tables)):
+        cases = f"{word} {word.lower()} {word.capitalize()}"
+        assert tokenizer.unk_token_id not in tokenizer(cases).input_ids, word
+    asked = " ".join(concepts.pieces_of(concepts.strings(sample.TABLES["cores"])))
+    assert tokenizer.unk_token_id not in tokenizer(asked.upper().replace("N'T", "")).input_ids
 
 
 def test_fillers_are_no_words_that_mean_something_in_a_definition():
-    assert len(sample.FILLERS) > 200
-    assert not {"city", "first", "twice", "not", "no", "quotes", "comma", "wild", "then", "yes", "day", "word"} & set(sample.FILLERS)
+    assert len(concepts.FILLERS) > 200
+    telling = {"city", "first", "twice", "not", "no", "quotes", "comma", "wild", "then", "yes",
+               "day", "word"}
+    assert not telling & set(concepts.FILLERS)
 
 
 def test_decoding_gives_back_the_answers(suite, tokenizer):
-    answers = sorted({i["output"][0] for s in SPLITS for e in suite[s].values() for i in e["Instances"]})
+    answers = set()
+    for split in SPLITS:
+        for entry in suite[split].values():
+            answers.update(i["output"][0] for i in entry["Instances"])
+    answers = sorted(answers)
     assert tokenizer.batch_decode(tokenizer(answers).input_ids, skip_special_tokens=True) == answers

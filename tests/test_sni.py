@@ -16,10 +16,9 @@ from stages import ROOT, call
 
 import common
 import data
-import draw
 import evaluate
 import lora
-import report
+from bench import cost, report, sample
 
 SNI = Path(os.environ["TAGI_DATA"]) / "sni" if "TAGI_DATA" in os.environ else None
 real_data = pytest.mark.skipif(SNI is None, reason="TAGI_DATA names no folder with the real tasks")
@@ -29,8 +28,9 @@ COPIES = "--rows=copy_input,copy_demo"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """The cost of two instances of one task: the table's form, not its figures."""
-    measure = evaluate.measure_cost
-    monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: measure(bench, demos, 2, 1, 1))
+    monkeypatch.setattr(evaluate, "COST_INSTANCES", 2)
+    monkeypatch.setattr(evaluate, "COST_REPEATS", 1)
+    monkeypatch.setattr(cost, "COST_TASKS", 1)
 
 
 def options(root, **more):
@@ -140,7 +140,7 @@ def test_the_real_tasks_load_as_the_official_script_reads_them():
 
 def stop_after(monkeypatch, n):
     """Ctrl-C while batch n + 1 is being answered; returns a counter of batches."""
-    count, ask, generate = [0], evaluate.Bench.ask, evaluate.TAGI.generate
+    count, ask, generate = [0], evaluate.ask, evaluate.TAGI.generate
 
     def counted(method):
         def call(*args, **kwargs):
@@ -150,14 +150,14 @@ def stop_after(monkeypatch, n):
             return method(*args, **kwargs)
         return call
 
-    monkeypatch.setattr(evaluate.Bench, "ask", counted(ask))
+    monkeypatch.setattr(evaluate, "ask", counted(ask))
     monkeypatch.setattr(evaluate.TAGI, "generate", counted(generate))
     return count
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(project, tmp_path, monkeypatch):
     """Stopped in the third batch, and with half a line at the end of the file: the end is as if nothing had happened."""
-    flags = ("--split=validation", "--batch-size=20", "--rows=tagi,meta,teachers,copy_demo", "--cost-repeats=1")
+    flags = ("--split=validation", "--batch-size=20", "--rows=tagi,meta,teachers,copy_demo")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     project.run("evaluate", *flags, "--out", whole)
     with monkeypatch.context() as patch:
@@ -169,7 +169,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(project, tmp_path, m
     path.write_text(path.read_text()[:-30])                                 # as a crash may leave it
     with monkeypatch.context() as patch:
         count = stop_after(patch, 10 ** 6)
-        monkeypatch.setattr(evaluate, "measure_cost", lambda bench, demos, repeats: {})
+        monkeypatch.setattr(evaluate, "measure_costs", lambda *args: {})
         project.run("evaluate", *flags, "--out", parts)
         batches = count[0]
         project.run("evaluate", *flags, "--out", parts)                     # all there: no model is asked
@@ -232,15 +232,15 @@ def test_one_task_a_batch_and_mixed_batches_answer_alike(project, tmp_path):
 def test_the_sni_table_has_its_rows_costs_and_coverage(project):
     out = project.run("evaluate", "--bench=sni", "--data", project.data)
     found = results(project.runs / "evaluate")
-    keys = [key for key in evaluate.ROWS if "unseen" not in key]
+    keys = [key for key in report.ROWS if "unseen" not in key]
     assert [r["key"] for r in found["results"]] == [key for key in keys for _ in (0, 2)]
     assert "| | ROUGE-L | 95 % | exact match | 95 % | tasks | ms / task of 100 | FLOPs / task of 100 | N(t + n·i) |" in out
     for r in found["results"]:
         assert ("formula" in r) == ("flops" in r) == ("ms" in r) == (r["key"] not in ("copy_input", "copy_demo"))
-    cost = {(r["key"], r["demos"]): r for r in found["results"] if "formula" in r}
+    ratio = {(r["key"], r["demos"]): r["formula"] for r in found["results"] if "formula" in r}
     for demos in (0, 2):
-        assert cost["meta", demos]["formula"] == 1 > cost["tagi", demos]["formula"] > cost["no_instruction", demos]["formula"]
-    assert cost["tagi", 2]["formula"] < cost["tagi", 0]["formula"]
+        assert ratio["meta", demos] == 1 > ratio["tagi", demos] > ratio["no_instruction", demos]
+    assert ratio["tagi", 2] < ratio["tagi", 0]
     for name in ("task", "category"):                                       # means of means, weighted, give the mean
         for r in found["results"][:2]:
             own = [p for p in predictions(project.runs / "evaluate") if (p["row"], p["demos"]) == (r["row"], r["demos"])]
@@ -254,16 +254,15 @@ def test_the_formula_is_the_papers():
     """t = 30 tokens of instruction, i = 10 of instance: (t + n·i) / (n·(t + i)) for n = 100 is 0.2575."""
     from unittest import mock
     task = data.Task("t", "c", ["x" * 25], [], [data.Instance("0", "y", ["z"])])
-    with mock.patch.object(lora, "init_weights", lambda *args: {}), mock.patch.object(data, "instruction_text", lambda *args: "a" * 30), mock.patch.object(
-            data, "instance_text", lambda text: "b" * 10), mock.patch.object(common, "meta_path", lambda options: ""):
+    with mock.patch.object(data, "instruction_text", lambda *args: "a" * 30), \
+            mock.patch.object(data, "instance_text", lambda text: "b" * 10):
         tagi = mock.MagicMock(tokenizer=lambda x: {"input_ids": list(x) if isinstance(x, str) else [list(y) for y in x]})
         tagi.options.max_instruction = tagi.options.max_input = 1000
-        own = argparse.Namespace(max_output=5, batch_size=50, max_input=1000)
-        bench = mock.MagicMock(tagi=tagi, tasks=[task], options=own)
-        from cost import measure_cost
-        costs = measure_cost(bench, 0, n=100, repeats=1)
+        own = argparse.Namespace(bench="sample", max_output=5, batch_size=50, max_input=1000)
+        loaded = mock.MagicMock(tagi=tagi, tasks=[task], options=own)
+        costs = cost.of_rows(loaded, list(report.ROWS), (0,), 100, 1, lambda *args: lambda: None, data)
     once = (30 + 100 * 10) / (100 * 40)
-    assert {way: cost["formula"] for way, cost in costs.items()} == pytest.approx(
+    assert {row: its["formula"] for row, its in costs[0].items()} == pytest.approx(
         {"meta": 1, "teachers": 1, "meta_lora": 1, "no_finetuning": 1, "tagi": once, "tagi_shuffled": once, "tagi_empty": 0.25,
          "no_instruction": 0.25})
 
@@ -279,14 +278,14 @@ def test_the_formula_counts_after_the_cut(monkeypatch, max_instruction, max_inpu
     def tokens(n):
         return lambda definition, demonstrations, *text: "a" * (n + 60 * len(demonstrations))
 
-    from cost import count_tokens
     from unittest import mock
     monkeypatch.setattr(data, "instance_text", lambda text: "b" * 10)
     monkeypatch.setattr(data, "instruction_text", tokens(20))
     monkeypatch.setattr(data, "prompt_text", tokens(45))
     tagi = mock.Mock(tokenizer=lambda text: {"input_ids": list(text)},
                      options=argparse.Namespace(max_instruction=max_instruction, max_input=1000))
-    assert count_tokens(tagi, ("d", [("x", "y")] * 2), ["u", "v"], max_input).tolist() == expected
+    counted = cost.count_tokens(data, tagi, ("d", [("x", "y")] * 2), ["u", "v"], max_input)
+    assert counted.tolist() == expected
 
 
 def test_flops_count_attention_whatever_code_computes_it(project):
@@ -299,10 +298,11 @@ def test_flops_count_attention_whatever_code_computes_it(project):
         options = argparse.Namespace(data=str(project.data), runs=str(project.runs), bench="sample", split="validation", eval_instances=5,
                                      allow_missing=False, batch_size=5, max_input=192, max_output=4, meta_model=None, config="",
                                      model="tiny", device="cpu", precision="fp32")
-        bench = evaluate.Bench(options)
-        bench.tagi = tagi.requires_grad_(False)
-        from cost import measure_cost
-        flops[attention] = {way: cost["flops"] for way, cost in measure_cost(bench, 2, 2, 1, 1).items()}
+        loaded = evaluate.Loaded(options)
+        loaded.tagi = tagi.requires_grad_(False)
+        costs = evaluate.measure_costs(loaded, list(report.ROWS), (2,))[2]
+        flops[attention] = {row: its["flops"] for row, its in costs.items()}
+        assert len(flops[attention]) == 8
     assert flops["sdpa"] == pytest.approx(flops["eager"], rel=1e-6)
 
 
@@ -329,7 +329,7 @@ def test_published_rows_are_those_of_the_models_size(size, column):
 
 
 def test_a_published_row_stands_below_ours():
-    ours = {"key": "meta", "row": evaluate.ROWS["meta"], "demos": 0, "tasks": 2, "instances": 4, "rouge_l": 50.0, "exact_match": 25.0,
+    ours = {"key": "meta", "row": report.ROWS["meta"], "demos": 0, "tasks": 2, "instances": 4, "rouge_l": 50.0, "exact_match": 25.0,
             "rouge_l_interval": [40.0, 60.0], "exact_match_interval": [0.0, 50.0], "ms": 2.0, "flops": 3e9, "formula": 1.0}
     table = report.main_table({"bench": "sni", "split": "test", "tasks": 2, "listed": 119, "results": [ours],
                                "published": [{"row": "paper: tagi", "demos": 0, "rouge_l": 35.3, "flops_ratio": 0.39}]})
@@ -534,7 +534,7 @@ def test_bad_input_to_the_sni_evaluation_is_one_line(suite, tmp_path, case, monk
         suite.run("meta", "--fresh", "--seed=4")
         said = [str(suite.runs / "finetune"), "another LLM"]
     elif case == "suite's data":
-        monkeypatch.setattr(common, "SUITE", str(suite.data))
+        monkeypatch.setattr(sample, "SUITE", str(suite.data))
         said = ["--data", data.GET_SNI]
     elif case == "unknown row":
         flags.append("--rows=tagi,tagi_shufled")
@@ -569,14 +569,14 @@ def test_the_configs_hold_the_papers_table_6(size, lr, tasks, accumulate):
     for key in ("steps", "tasks", "instances", "accumulate", "bucket_steps", "lr", "schedule",
                 "warmup", "demos", "vary_demos"):
         assert vars(lora_all)[key] == vars(finetune)[key], key
-    assert "lora-all" in lora_all.stages.split(",")
+    assert "lora-all" in train_teacher.stages_of([path])
 
 
 def test_balanced_draws_take_each_category_as_often_whatever_its_number_of_tasks():
     tasks = [data.Task(f"t{n}", "few" if n < 2 else "many", ["Do it."], [], [data.Instance("i", "x", ["y"])]) for n in range(12)]
-    drawn = {balance: [d.task.category for seed in range(600) for d in draw.draw_tasks(
-        tasks, draw.generator(seed), 1, 1, 0, p=draw.chances(tasks, balance))] for balance in ("tasks", "categories")}
+    drawn = {balance: [d.task.category for seed in range(600) for d in data.draw_tasks(
+        tasks, data.rng_of(seed), 1, 1, 0, p=data.chances(tasks, balance))] for balance in ("tasks", "categories")}
     assert abs(drawn["tasks"].count("few") / 600 - 1 / 6) < 0.06
     assert abs(drawn["categories"].count("few") / 600 - 1 / 2) < 0.08
-    plain = [draw.draw_tasks(tasks, draw.generator(7), 4, 1, 0, p=p) for p in (None, draw.chances(tasks, "tasks"))]
+    plain = [data.draw_tasks(tasks, data.rng_of(7), 4, 1, 0, p=p) for p in (None, data.chances(tasks, "tasks"))]
     assert plain[0] == plain[1]

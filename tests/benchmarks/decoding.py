@@ -1,15 +1,19 @@
-"""Answers by generated adapters against the other ways to get them."""
+"""Answers by generated adapters beside the other ways to get them."""
 import peft
 import torch
 
 import hypernet
 import lora
-from side_by_side import SHAPES, adapt, compare, make_llm, make_tagi, note, tokens
+from side_by_side import SHAPES, adapt, make_llm, make_tagi, tokens
+
+FUSION = {"no fusion": ["--fusion=none"], "with fusion": []}        # way -> its options
 
 
 @torch.no_grad()
 def generate(llm, n_new, **inputs):
-    return llm.generate(do_sample=False, num_beams=1, min_new_tokens=n_new, max_new_tokens=n_new, **inputs)
+    """Greedy answers of exactly n_new tokens."""
+    return llm.generate(do_sample=False, num_beams=1, min_new_tokens=n_new, max_new_tokens=n_new,
+                        **inputs)
 
 
 def decode(llm, ids, mask, n_new, **more):
@@ -23,103 +27,146 @@ def decode_adapted(tagi, adapter, ids, mask, n_new):
         return generate(llm, n_new, encoder_outputs=encoded, attention_mask=mask)
 
 
-def merged(args):
-    """One task's adapter merged: T5's own cost without fusion; fusion attends over the instruction as well."""
-    S, _, T, C, *_ = SHAPES[args.size]
-    plain, (ids, mask) = make_llm(args), tokens(args, args.rows, T)
-    ways = {"plain T5": lambda: decode(plain, ids, mask, C)}
-    for name, flags in (("merged, no fusion", ["--no-fusion"]), ("merged, with fusion", [])):
-        tagi = make_tagi(args, *flags).requires_grad_(False)
-        adapter = adapt(tagi, *tokens(args, 1, S))
+def frozen_tagi(args, *flags):
+    return make_tagi(args, *flags).requires_grad_(False)
+
+
+def merged(section, args):
+    """One task's adapter is merged into the LLM, or the LLM runs as it is.
+
+    Both read inputs without the instruction. Merged and without fusion (Eq. 1) a task computes
+    what plain T5 does; with fusion, the default, it attends over the instruction as well.
+    """
+    shape = SHAPES[args.size]
+    plain, (ids, mask) = make_llm(args), tokens(args, args.rows, shape.instance)
+    ways = {"plain T5": lambda: decode(plain, ids, mask, shape.answer)}
+    for name, flags in FUSION.items():
+        tagi = frozen_tagi(args, *flags)
+        adapter = adapt(tagi, *tokens(args, 1, shape.instruction))
         tagi.merge(adapter)
-        ways[name] = lambda tagi=tagi, adapter=adapter: decode_adapted(tagi, adapter, ids, mask, C)
-    compare(f"merged, {args.rows} rows", args, ways)
+
+        def run(tagi=tagi, adapter=adapter):
+            decode_adapted(tagi, adapter, ids, mask, shape.answer)
+        ways[f"merged, {name}"] = run
+    section.compare(f"{args.rows} rows", ways)
 
 
-def mixed(args):
-    """A batch of 16 tasks, every task with an adapter of its own."""
-    S, _, T, C, rank, alpha, targets = SHAPES[args.size]
-    plain, settings = make_llm(args), peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","),
-                                                      init_lora_weights=False)
-    of_llms_type = {"autocast_adapter_dtype": False}                        # bf16 with a GPU, as ours
-    peft_llm = peft.get_peft_model(make_llm(args), settings, adapter_name="task0", **of_llms_type)
+def mixed(section, args):
+    """A batch of sixteen tasks runs, each row with its task's adapter, or with none.
+
+    Adapters are made beforehand. PEFT's way to do so is `adapter_names=`, with adapters of the
+    same size. What is above 1 is the price of tasks that share a batch.
+    """
+    shape = SHAPES[args.size]
+    plain = make_llm(args)
+    settings = peft.LoraConfig(r=shape.rank, lora_alpha=shape.alpha, init_lora_weights=False,
+                               target_modules=shape.targets.split(","))
+    as_llm = {"autocast_adapter_dtype": False}          # bf16 on a GPU, as ours
+    peft_llm = peft.get_peft_model(make_llm(args), settings, adapter_name="task0", **as_llm)
     for n in range(1, 16):
-        peft_llm.add_adapter(f"task{n}", settings, **of_llms_type)
+        peft_llm.add_adapter(f"task{n}", settings, **as_llm)
     peft_llm.eval()
-    students = {name: make_tagi(args, *flags).requires_grad_(False)
-                for name, flags in (("no fusion", ["--no-fusion"]), ("with fusion", []))}
-    adapters = {name: adapt(tagi, *tokens(args, 16, S)) for name, tagi in students.items()}
+    students = {name: frozen_tagi(args, *flags) for name, flags in FUSION.items()}
+    adapters = {}
+    for name, tagi in students.items():
+        adapters[name] = adapt(tagi, *tokens(args, 16, shape.instruction))
+
     for rows in sorted({16, args.rows}):
-        ids, mask = tokens(args, rows, T)
+        ids, mask = tokens(args, rows, shape.instance)
         index = [n % 16 for n in range(rows)]
         names = [f"task{n}" for n in index]
-        ways = {"plain T5": lambda: decode(plain, ids, mask, C)}
+        ways = {"plain T5": lambda: decode(plain, ids, mask, shape.answer)}
         for name, tagi in students.items():
-            adapter = adapters[name].select(index)
-            ways[f"ours, {name}"] = lambda tagi=tagi, adapter=adapter: decode_adapted(tagi, adapter, ids, mask, C)
-        ways["PEFT, adapter_names="] = lambda: decode(peft_llm, ids, mask, C, adapter_names=names)
-        compare(f"mixed, {rows} rows of 16 tasks", args, ways)
+            def run(tagi=tagi, adapter=adapters[name].select(index)):
+                decode_adapted(tagi, adapter, ids, mask, shape.answer)
+            ways[f"ours, {name}"] = run
+        ways["PEFT, adapter_names="] = lambda: decode(peft_llm, ids, mask, shape.answer,
+                                                      adapter_names=names)
+        section.compare(f"{rows} rows of 16 tasks", ways)
 
 
-def reread(args):
-    """n instances of one task: adapter generated, merged, used, unmerged, against the instruction in every input."""
-    S, S2, T, C, *_ = SHAPES[args.size]
-    plain, tagi = make_llm(args), make_tagi(args).requires_grad_(False)
+def reread(section, args):
+    """n instances of a task are answered by its adapter, or with the instruction in every input.
 
-    def once(instruction, ids, mask):
+    The adapter's time holds all of it: the instruction is read, the adapter generated, merged,
+    used for all n instances, and unmerged. It saves reading the instruction n - 1 times, and so
+    pays from some n on.
+    """
+    shape = SHAPES[args.size]
+    plain, tagi = make_llm(args), frozen_tagi(args)
+
+    def once(instruction, inputs):
         adapter = adapt(tagi, *instruction)
         tagi.merge(adapter)
-        decode_adapted(tagi, adapter, ids, mask, C)
+        decode_adapted(tagi, adapter, *inputs, shape.answer)
         tagi.unmerge()
 
-    for demos, length in ((0, S), (2, S2)):
+    for demos, length in ((0, shape.instruction), (2, shape.with_demos)):
         instruction, even = tokens(args, 1, length), None
         for n in args.instances:
-            short, long = tokens(args, n, T), tokens(args, n, length + T)
-            name = f"{n} instances, {demos} demonstrations"
-            seconds = compare(name, args, {"instruction in input": lambda: decode(plain, *long, C),
-                                           "adapter, once": lambda: once(instruction, *short)}, show=n in (1, 10, 100))
-            if even is None and seconds["adapter, once"] <= seconds["instruction in input"]:
+            short, long = tokens(args, n, shape.instance), tokens(args, n, length + shape.instance)
+            seconds = section.compare(f"{n} instances, {demos} demonstrations", {
+                "instruction in input": lambda: decode(plain, *long, shape.answer),
+                "adapter, once": lambda: once(instruction, short)}, show=n in (1, 10, 100))
+            usual, ours = seconds.values()
+            if even is None and ours <= usual:
                 even = n
-        note(f"break-even, {demos} demonstrations", f"n = {even} of {', '.join(map(str, args.instances))}")
+        tried = ", ".join(map(str, args.instances))
+        found = "at none of them" if even is None else f"from n = {even} on"
+        section.notes.append(f"With {demos} demonstrations, n = {tried} was tried: the adapter "
+                             f"took no more time {found}.")
 
 
-def regenerate(args):
-    """Adapters once a task, against anew before every decoding step, and so for every layer, as the paper's code does."""
-    S, _, T, C, *_ = SHAPES[args.size]
-    tagi = make_tagi(args).requires_grad_(False)
-    ids, mask = tokens(args, args.rows, T)
-    instruction, i_mask = tokens(args, 16, S)
+def regenerate(section, args):
+    """Adapters are generated once a task, or anew at every decoding step.
+
+    The paper's released code does the latter, and so again in every layer. The first way is what
+    this code does.
+    """
+    shape = SHAPES[args.size]
+    tagi = frozen_tagi(args)
+    ids, mask = tokens(args, args.rows, shape.instance)
+    instruction, i_mask = tokens(args, 16, shape.instruction)
     first, last = tagi.encode_instruction(instruction, i_mask)
     index = torch.arange(args.rows, device=args.device) % 16
-    of_block, options = {}, tagi.options                                    # a generator for the sites of every block
+
+    # A generator of its own for the sites of every block.
+    options, of_block = tagi.options, {}
     for name, block in tagi.llm.named_modules():
-        if type(block).__name__ == "T5Block":
-            shapes = {site: shape for site, shape in tagi.generator.site_shapes.items() if site.startswith(name + ".")}
-            of_block[block] = hypernet.Generator(shapes, tagi.llm.config.d_model, options.rank, options.generator,
-                                                 options.width, options.bottleneck).to(args.device).requires_grad_(False)
-            for p in of_block[block].parameters():
-                torch.nn.init.normal_(p, std=0.01)
+        if type(block).__name__ != "T5Block":
+            continue
+        shapes = {}                                     # site -> (D_in, D_out)
+        for site, its_shape in tagi.generator.site_shapes.items():
+            if site.startswith(name + "."):
+                shapes[site] = its_shape
+        generator = hypernet.Generator(shapes, tagi.llm.config.d_model, options.rank,
+                                       options.generator, options.width, options.bottleneck)
+        for p in generator.to(args.device).requires_grad_(False).parameters():
+            torch.nn.init.normal_(p, std=0.01)
+        of_block[block] = generator
 
     @torch.no_grad()
     def make():
         return tagi.generate_adapter(first, last, i_mask).select(index)
 
+    def for_llm(*_):
+        lora.set_weights(tagi.llm, make().weights)
+
     @torch.no_grad()
-    def for_block(block, *args):
+    def for_block(block, _):
         with tagi.autocast():
             weights = lora.select(of_block[block](first, last, i_mask.bool()), index)
-        for site, pair in weights.items():
+        for site, (A, B) in weights.items():
             wrapper = lora.sites(tagi.llm)[site]
-            wrapper.lora_A, wrapper.lora_B = pair
+            wrapper.lora_A, wrapper.lora_B = A, B
 
-    def with_hooks(modules, hook):
+    def run_with(hook, modules):
         handles = [module.register_forward_pre_hook(hook) for module in modules]
-        decode_adapted(tagi, make(), ids, mask, C)
+        decode_adapted(tagi, make(), ids, mask, shape.answer)
         for handle in handles:
             handle.remove()
 
-    compare(f"regenerate, {args.rows} rows of 16 tasks", args, {
-        "once": lambda: decode_adapted(tagi, make(), ids, mask, C),
-        "at every step": lambda: with_hooks([tagi.llm.decoder], lambda *_: lora.set_weights(tagi.llm, make().weights)),
-        "at every step and layer": lambda: with_hooks(of_block, for_block)})
+    section.compare(f"{args.rows} rows of 16 tasks", {
+        "once": lambda: decode_adapted(tagi, make(), ids, mask, shape.answer),
+        "at every step": lambda: run_with(for_llm, [tagi.llm.decoder]),
+        "at every step and layer": lambda: run_with(for_block, of_block)})

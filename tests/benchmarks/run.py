@@ -1,26 +1,17 @@
-"""Our ways beside the usual ones, in one run, taking turns: python tests/benchmarks/run.py [--device cuda] [--only NAME ...]
+"""Our ways beside the usual ones, taking turns; writes docs/speed.md.
 
-    teachers     16 LoRA teachers in one batch               against PEFT's get_peft_model, one teacher after another
-    finetune     a step with all three losses                against a LoRA step with the instruction in the input
-    logits       the losses' logits in chunks                against all at once
-    compiling    a training step by torch.compile            against without (on a CPU it needs a C++ compiler)
-    padding      finetuning's batches sorted by length       against as they are drawn (TAGI_DATA)
-    merged       decoding with one task merged               against plain T5
-    mixed        a batch of 16 tasks, each its own adapter   against plain T5, and PEFT's adapter_names=
-    reread       n instances by a generated adapter          against the instruction in every input
-    regenerate   adapters generated once                     against anew at every decoding step and layer
-    rouge_l      our ROUGE-L                                 against Google's rouge_score (TAGI_DATA)
-    ranking      one encoder pass a row                      against one a choice
+    python tests/benchmarks/run.py                          # a few minutes on two cores
+    python tests/benchmarks/run.py --only merged mixed      # prints some of the tables
+    python tests/benchmarks/run.py --size base --rounds 3 --rows 16 --instances 1 10 \\
+        --only merged reread --out docs/speed.md            # the page's part on T5 v1.1 Base
 
-Models have random weights: --size tiny is the built-in suite's but for 593 words, base T5 v1.1 Base; `logits` has layers of its
-own, `ranking` a model of its own, `rouge_l` runs on the CPU. Times are medians and the middle half of the rounds, after one of
-warm-up; FLOPs are counted by PyTorch; both columns with an x are relative to the benchmark's first way. MB at the peak are of
-the tensors that the step makes, without the model.
-PEFT and rouge_score come from tests/requirements.txt. sizes.py beside this file is about the paper's model sizes.
+Models have random weights: --size tiny is the built-in suite's, base T5 v1.1 Base. PEFT and
+rouge_score come from tests/requirements.txt. Two benchmarks read Super-NaturalInstructions: TAGI_DATA
+names a folder that holds it as `sni`. sizes.py beside this file is about the paper's model sizes.
 """
 import argparse
-import os
-import platform
+import inspect
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -35,31 +26,87 @@ import transformers
 import decoding
 import scoring
 import training
-from side_by_side import HEAD, SHAPES
+from pages import part, part_of, processor
+from side_by_side import SHAPES, Section
 
 BENCHMARKS = {f.__name__: f for f in (
-    training.teachers, training.finetune, training.logits, training.compiling, training.padding, decoding.merged, decoding.mixed,
-    decoding.reread, decoding.regenerate, scoring.rouge_l, scoring.ranking)}
+    training.teachers, training.finetune, training.logits, training.padding,
+    decoding.merged, decoding.mixed, decoding.reread, decoding.regenerate,
+    scoring.rouge_l, scoring.ranking)}
+NAMES = {"tiny": "The built-in suite's T5", "base": "T5 v1.1 Base"}
+
+PAGE = """# Speed
+
+Each table sets a way of this repository beside the usual way to do the same. The ways take turns,
+so that whatever else the machine does slows all of them alike, but it does slow them: compare the
+relative times within a table, not milliseconds between tables or pages.
+
+- *ms*: the median over the rounds; *middle half*: from the lower to the upper quartile.
+- *relative time*, *relative FLOPs*: as shares of the first way of the same case. 0.50 is half.
+- *GFLOP*: counted by PyTorch, and so the same on any machine.
+
+All models have random weights, which changes no time. This page is written by
+`tests/benchmarks/run.py`, each part by the command line that stands at its top.
+"""
+
+
+def machine(args) -> str:
+    if args.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def part_text(args, sections) -> str:
+    """One size's part of the page."""
+    shape = SHAPES[args.size]
+    words = [word for word in sys.argv[1:] if word != "--out" and word != args.out]
+    command = " ".join(["python tests/benchmarks/run.py", *map(shlex.quote, words)])
+    lines = [
+        f"## {NAMES[args.size]}", "",
+        f"Written by `{command}`, up to {args.rounds} rounds, on {machine(args)}; torch",
+        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}.",
+        f"An instruction has {shape.instruction} tokens, one with two demonstrations "
+        f"{shape.with_demos}, an instance {shape.instance},",
+        f"an answer {shape.answer}; LoRA has rank {shape.rank} on the projections "
+        f"{shape.targets}.", ""]
+    return "\n".join(lines) + "\n" + "\n".join(section.markdown() for section in sections)
+
+
+def write_page(path: Path, size: str, text: str) -> None:
+    """Put this size's part into the page; the other size's stays."""
+    page = path.read_text(encoding="utf-8") if path.is_file() else ""
+    parts = {}
+    for name in SHAPES:
+        parts[name] = text if name == size else part_of(page, name)
+    texts = [part(name, its_text) for name, its_text in parts.items() if its_text is not None]
+    path.write_text("\n".join([PAGE, *texts]), encoding="utf-8")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    epilog = ["benchmarks:"]
+    for name, benchmark in BENCHMARKS.items():
+        epilog.append(f"  {name:<11} {inspect.getdoc(benchmark).splitlines()[0]}")
+    p = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog),
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--size", default="tiny", choices=SHAPES)
-    p.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS), metavar="NAME")
+    p.add_argument("--only", choices=BENCHMARKS, nargs="+", metavar="NAME")
     p.add_argument("--rows", type=int, default=64, help="instances in a decoded batch")
-    p.add_argument("--instances", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100], help="n of `reread`")
-    p.add_argument("--rounds", type=int, default=31)
+    p.add_argument("--instances", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100],
+                   help="numbers of instances that `reread` tries")
+    p.add_argument("--rounds", type=int, default=11, help="at most; slow benchmarks have fewer")
+    p.add_argument("--out", help="default: docs/speed.md; with --only nothing is written")
     args = p.parse_args()
     warnings.simplefilter("ignore")
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} {platform.machine()} cores, " \
-        f"{torch.get_num_threads()} threads"
-    S, D, T, C, rank, _, targets = SHAPES[args.size]
-    print(f"{args.size}: tokens of instruction {S}, with demonstrations {D}, instance {T}, answer {C}; rank {rank} on {targets}; "
-          f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}\n\n{HEAD}",
-          flush=True)
-    for name in args.only:
-        BENCHMARKS[name](args)
+    sections = []
+    for name in args.only or BENCHMARKS:
+        sections.append(Section(BENCHMARKS[name], args.rounds))
+        BENCHMARKS[name](sections[-1], args)
+    text = part_text(args, sections)
+    print("\n" + text)
+    out = args.out or (None if args.only else ROOT / "docs" / "speed.md")
+    if out:
+        write_page(Path(out), args.size, text)
 
 
 if __name__ == "__main__":

@@ -8,68 +8,96 @@ import torch.nn.functional as F
 from rouge_score import rouge_scorer
 
 import data
-import rank
-import rouge
+import t5
+from bench import rouge
 from random_t5 import random_t5, train_tokenizer
-from side_by_side import compare, note
 
 
-def rouge_l(args):
-    """Google's rouge_score beside ours: every row of the official references against the next row's, and long texts."""
+def rouge_l(section, args):
+    """ROUGE-L is computed by this code, or by Google's rouge_score.
+
+    The same numbers for pairs of an answer and its references: every row of the official test
+    references against the next row's, and two pairs of long texts. On the CPU.
+    """
     path = os.path.join(os.environ.get("TAGI_DATA", ""), "sni", "test_references.jsonl")
     if not os.path.isfile(path):
-        return note("ROUGE-L", f"skipped: no {path}; TAGI_DATA names a folder with sni/test_references.jsonl")
+        section.notes.append("Left out: TAGI_DATA names no folder with sni/test_references.jsonl.")
+        return
     with open(path, encoding="utf-8") as f:
         rows = [json.loads(line)["references"] for line in f]
-    words, rng = sorted({word for row in rows for word in row[0].split()}), random.Random(0)
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    long = [(" ".join(rng.choices(words, k=2000)), [" ".join(rng.choices(words, k=2000))]) for _ in range(2)]
+
+    def text(words, rng):
+        return " ".join(rng.choices(words, k=2000))
+
+    def theirs(pairs):
+        scores = []
+        for answer, references in pairs:
+            f = [scorer.score(reference, answer)["rougeL"].fmeasure for reference in references]
+            scores.append(max(f))
+        return scores
 
     def ours(pairs):
-        rouge.stem.cache_clear()
-        return [rouge.rouge_l(p, references) for p, references in pairs]
+        rouge.stem.cache_clear()                        # each round is to stem every word anew
+        return [rouge.rouge_l(answer, references) for answer, references in pairs]
 
-    for name, pairs in ((f"{len(rows)} official references", [(rows[i - 1][0], row) for i, row in enumerate(rows)]),
-                        (f"{len(long)} pairs of 2 000 words", long)):
-        compare(f"ROUGE-L, {name}", args, {
-            "rouge_score": lambda: [max(scorer.score(x, p)["rougeL"].fmeasure for x in references) for p, references in pairs],
-            "ours": lambda: ours(pairs)}, rounds=7, count=False)
+    words, rng = sorted({word for row in rows for word in row[0].split()}), random.Random(0)
+    cases = {
+        f"{len(rows)} rows": [(rows[n - 1][0], row) for n, row in enumerate(rows)],
+        "2 pairs of 2000 words": [(text(words, rng), [text(words, rng)]) for _ in range(2)]}
+    for case, pairs in cases.items():
+        section.compare(case, {"rouge_score": lambda: theirs(pairs), "ours": lambda: ours(pairs)},
+                        rounds=5, count=False)
 
 
 WORDS = "yes no maybe never always true false neither".split()
 
 
 @torch.no_grad()
-def ranking(args):
-    """Answer choices of a row that share its encoder pass, beside one pass a choice; eight rows of 1 000 tokens."""
+def ranking(section, args):
+    """A row's answer choices share one encoder pass, or have one pass each.
+
+    As T0 is evaluated, every choice's likelihood is computed. "One by one" is a plain T5's loss,
+    choice after choice; "one batch" repeats each input for its choices; "encoder once a row" is
+    what evaluate.py does. Eight rows of 1000 tokens, on a two-layer T5 of its own.
+    """
     llm = random_t5("smoke").eval().to(args.device)
     tokenizer = train_tokenizer([" ".join(WORDS)] * 100, 150)
     ids = torch.randint(3, 100, (8, 1000), device=args.device)
     mask = torch.ones_like(ids)
 
+    def encode_choices(choices):
+        """The choices' labels (M, C), and each one's row (M,)."""
+        counts = torch.tensor([len(row) for row in choices])
+        labels = data.labels(tokenizer, [choice for row in choices for choice in row], 64,
+                             args.device)
+        return labels, torch.repeat_interleave(counts).to(args.device)
+
     def one_by_one(choices):
-        """As the loss of a plain T5 has it: encoder and decoder for every choice."""
         scores = []
         for n, row in enumerate(choices):
             for choice in row:
                 labels = data.labels(tokenizer, [choice], 64, args.device)
-                logits = llm(input_ids=ids[n:n + 1], attention_mask=mask[n:n + 1], labels=labels).logits
+                logits = llm(input_ids=ids[n:n + 1], attention_mask=mask[n:n + 1],
+                             labels=labels).logits
                 scores.append(-F.cross_entropy(logits[0], labels[0], reduction="sum").item())
         return scores
 
     def one_batch(choices):
-        owner = torch.tensor(rank.owner_of(choices))
-        labels = data.labels(tokenizer, [choice for row in choices for choice in row], 64, args.device)
+        labels, owner = encode_choices(choices)
         logits = llm(input_ids=ids[owner], attention_mask=mask[owner], labels=labels).logits
         return (-F.cross_entropy(logits.mT, labels, reduction="none").sum(1)).tolist()
 
     def shared(choices):
+        labels, owner = encode_choices(choices)
         encoded = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-        return [score for row in rank.log_likelihoods(llm, tokenizer, encoded, mask, choices) for score in row]
+        return t5.score_choices(llm, encoded, mask, labels, owner).tolist()
 
     for n in (2, 4, 8):
         choices = [WORDS[:n]] * 8
-        torch.testing.assert_close(torch.tensor(shared(choices)), torch.tensor(one_by_one(choices)), rtol=1e-4, atol=1e-4)
-        compare(f"ranking {n} choices", args, {
-            "one by one": lambda: one_by_one(choices), "one batch": lambda: one_batch(choices),
-            "encoder once a row": lambda: shared(choices)}, rounds=9)
+        torch.testing.assert_close(torch.tensor(shared(choices)), torch.tensor(one_by_one(choices)),
+                                   rtol=1e-4, atol=1e-4)
+        section.compare(f"{n} choices", {
+            "one by one": lambda: one_by_one(choices),
+            "one batch": lambda: one_batch(choices),
+            "encoder once a row": lambda: shared(choices)}, rounds=5)

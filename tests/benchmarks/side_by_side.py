@@ -1,66 +1,99 @@
-"""What every benchmark shares: ways that take turns, the table's lines, models of random weights."""
-import statistics
+"""What the benchmarks share: ways that take turns, their tables, models of random weights."""
+import inspect
 import weakref
+from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import common
-import config
 import lora
+import t5
 import train_hyper
-from cost import timed
+from bench.cost import count_flops, timed
 from hypernet import TAGI
+from pages import table
 from random_t5 import random_t5
 
-SHAPES = {  # tokens of: an instruction, one with two demonstrations, an instance, an answer; LoRA rank, alpha, targets
-    "tiny": (27, 85, 22, 5, 8, 8, "q,k,v,o"),
-    "base": (130, 400, 130, 12, 32, 32, "q,v"),
+
+class Shape(NamedTuple):
+    instruction: int        # tokens of an instruction,
+    with_demos: int         # of one with two demonstrations,
+    instance: int           # of an instance,
+    answer: int             # of an answer
+    rank: int
+    alpha: int
+    targets: str
+
+
+SHAPES = {
+    "tiny": Shape(24, 74, 19, 4, 8, 8, "q,k,v,o"),      # the built-in suite's means and settings
+    "base": Shape(130, 400, 130, 12, 32, 32, "q,v"),    # T5 v1.1 Base on Super-NaturalInstructions
 }
-HEAD = "| benchmark | way | ms, median | middle half | time | GFLOP | FLOPs |\n|---|---|--:|--:|--:|--:|--:|"
+PIECES = 1965                                           # in the tokenizer of the built-in suite
 
 
-def compare(name: str, args, ways: dict, rounds: int | None = None, count: bool = True, show: bool = True) -> dict:
-    """Print a line for every way, {name: function}; the first is the one that times and FLOPs are relative to.
+class Section:
+    """One benchmark's part of the page: heading and text from its docstring, a table, notes."""
 
-    FLOPs are counted in a round of its own; another warms up; in `rounds` more the ways take turns and are timed. Returns
-    {way: median seconds}.
-    """
-    seconds, flops = {way: [] for way in ways}, {}
-    for way, run in ways.items() if count else ():  # the counter does not know a CPU's flash attention
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            run()
-        flops[way] = counter.get_total_flops()
-    for n in range(1 + (rounds or args.rounds)):
+    def __init__(self, benchmark, rounds: int):
+        self.heading, _, self.text = inspect.getdoc(benchmark).partition("\n\n")
+        self.rounds = rounds
+        self.rows = []                                  # dicts, {column's title: text}
+        self.notes = []
+
+    def compare(self, case: str, ways: dict, rounds: int | None = None, count: bool = True,
+                show: bool = True) -> dict:
+        """Run the ways, {name: function}, in turns; returns {name: median seconds}.
+
+        The first way is what the others' times and FLOPs are relative to. Each runs once to count
+        its FLOPs, which also warms up, then in as many rounds as asked for, at most `rounds`.
+        """
+        flops, seconds = {}, {way: [] for way in ways}
         for way, run in ways.items():
-            seconds[way] += [timed(run)] * (n > 0)
-    medians, first = {way: statistics.median(x) for way, x in seconds.items()}, next(iter(ways))
-    for way, x in seconds.items():
-        low, _, high = statistics.quantiles(x, n=4)
-        cost = f"{flops[way] / 1e9:.3g} | {flops[way] / flops[first]:.2f}x" if count else " | "
-        if show:
-            say(f"| {name} | {way} | {1000 * medians[way]:.1f} | {1000 * low:.1f} – {1000 * high:.1f} | "
-                f"{medians[way] / medians[first]:.2f}x | {cost} |")
-    return medians
+            if count:
+                flops[way] = count_flops(run)
+            else:
+                run()
+        for _ in range(min(self.rounds, rounds or self.rounds)):
+            for way, run in ways.items():
+                seconds[way].append(timed(run))
+        first = next(iter(ways))
+        medians = {way: float(np.median(x)) for way, x in seconds.items()}
+        for way in ways:
+            low, high = 1000 * np.quantile(seconds[way], (0.25, 0.75))
+            row = {"case": case, "way": way, "ms": f"{1000 * medians[way]:.1f}",
+                   "middle half": f"{low:.1f} – {high:.1f}",
+                   "relative time": f"{medians[way] / medians[first]:.2f}"}
+            if count:
+                row["GFLOP"] = f"{flops[way] / 1e9:.3g}"
+                row["relative FLOPs"] = f"{flops[way] / flops[first]:.2f}"
+            print(f"{case}: {way}: {row['ms']} ms, {row['relative time']} x", flush=True)
+            if show:
+                self.rows.append(row)
+        return medians
 
+    def add_column(self, title: str, texts: dict) -> None:
+        """One more column in the rows of the last comparison; texts: {way: text}."""
+        for row in self.rows[-len(texts):]:
+            row[title] = texts[row["way"]]
 
-def note(name: str, text: str) -> None:
-    say(f"| {name} | {text} | | | | | |")
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
+    def markdown(self) -> str:
+        parts = [f"### {self.heading.rstrip('.')}", self.text]
+        if self.rows:
+            parts.append(table(self.rows))
+        return "\n\n".join(parts + self.notes) + "\n"
 
 
 class PeakMemory(TorchDispatchMode):
-    """Within: the bytes of all tensors that operators made and that are still in use, now (`live`) and at most (`peak`).
+    """Within: bytes of all tensors that operators made and that are in use, now and at most.
 
-    Tensors of FakeTensorMode count as if they were real. What an operator needs only while it runs is not seen.
+    `live` and `peak`. Tensors of FakeTensorMode count as if they were real. What an operator needs
+    only while it runs is not seen.
     """
 
     def __init__(self):
@@ -71,7 +104,8 @@ class PeakMemory(TorchDispatchMode):
     def add(self, tensor):
         storage = tensor.untyped_storage()
         if storage not in self.seen:
-            self.seen[storage] = size = storage.nbytes()
+            size = storage.nbytes()
+            self.seen[storage] = size
             self.live += size
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self.free, size)
@@ -85,20 +119,23 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-# ------------------------------------------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------------------- models
 
-def parse(parser, section, *flags):
-    """A script's options with its own defaults and these flags, without a config file."""
-    with mock.patch.object(common, "read_yaml", lambda *args: {}):
-        return config.parse(parser, section, [f"--stage={section}", *flags])
+def no_config():
+    """Within: a script's options are its own defaults, without a config file."""
+    return mock.patch.object(common, "read_yaml", lambda *args: {})
+
+
+def lora_flags(args) -> list[str]:
+    shape = SHAPES[args.size]
+    return [f"--device={args.device}", f"--rank={shape.rank}", f"--alpha={shape.alpha}",
+            f"--targets={shape.targets}"]
 
 
 def make_tagi(args, *flags) -> TAGI:
     """A student of random weights, its B not zero, as train_hyper.py would make it."""
-    *_, rank, alpha, targets = SHAPES[args.size]
-    options = parse(train_hyper.parser(), "finetune", f"--device={args.device}", f"--rank={rank}", f"--alpha={alpha}",
-                    f"--targets={targets}", *flags)
-    train_hyper.settle(options)
+    with no_config():
+        options = train_hyper.get_options(["--stage=finetune", *lora_flags(args), *flags])
     tagi = TAGI(make_llm(args), None, options)
     with torch.no_grad():
         for p in tagi.trainable().values():
@@ -107,13 +144,18 @@ def make_tagi(args, *flags) -> TAGI:
 
 
 def make_llm(args):
-    llm = random_t5(args.size).to(args.device).eval().requires_grad_(False)
+    """A frozen LLM of random weights, in bf16 on a GPU."""
     if args.size == "tiny":
-        llm.set_attn_implementation("eager")        # as configs/sample.yaml has it
+        llm = t5.tiny_t5(PIECES, seed=0)
+        llm.set_attn_implementation("eager")            # as configs/sample.yaml has it
+    else:
+        llm = random_t5(args.size)
+    llm.to(args.device).eval().requires_grad_(False)
     return llm.to(torch.bfloat16) if args.device == "cuda" else llm
 
 
 def tokens(args, n, length):
+    """(ids, mask), both (n, length), of random tokens."""
     ids = torch.randint(3, 400, (n, length), device=args.device)
     return ids, torch.ones_like(ids)
 
@@ -124,6 +166,6 @@ def adapt(tagi, ids, mask):
 
 
 def random_teachers(tagi, n):
-    """LoRA teachers of n units, their B not zero."""
+    """The stacked weights of n LoRA teachers, their B not zero."""
     stacked = lora.init_weights(tagi.llm, tagi.options.rank, 0, n)
     return {site: (A, 0.01 * torch.randn_like(B)) for site, (A, B) in stacked.items()}

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import common
 import config
 import lora
-import optim
+import config
 import train_hyper
 from decoding import decode_adapted
 from hypernet import TAGI
@@ -51,7 +51,7 @@ def make(options, size, device):
         torch.set_default_dtype(torch.float32)
         tagi = TAGI(llm, None, options)
     if options.checkpointing:
-        lora.checkpoint_blocks(llm, tagi.repetition)
+        t5.checkpoint_blocks(llm, tagi.repetition)
     args = argparse.Namespace(device=device)
     if options.stage == "pretrain":                                         # a third of the document each
         third = options.text_length // 3
@@ -61,7 +61,7 @@ def make(options, size, device):
                              options.max_output)
         batch["prompt"] = [x[:, :options.max_input] for x in batch["prompt"]]
     teachers = random_teachers(tagi, UNITS) if options.lambda_ins else None
-    return tagi, teachers, optim.make_optimizer(tagi.trainable(), options), batch
+    return tagi, teachers, config.make_optimizer(tagi.trainable(), options), batch
 
 
 def title(stage, size, checkpointing, chunked=True):

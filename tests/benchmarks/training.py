@@ -1,8 +1,9 @@
-"""Training beside the usual ways to train: LoRA teachers one after another, and LoRA with the instruction in the input."""
+"""Training beside the usual ways to train: one LoRA after another, the instruction in the input."""
 import argparse
 import contextlib
 import gc
 import os
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -12,107 +13,130 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import config
 import data
-import draw
 import lora
-import optim
-import sample
+import t5
 import train_hyper
 import train_teacher
+from bench import sample
+from pages import ROOT
 from random_t5 import train_tokenizer
-from side_by_side import SHAPES, PeakMemory, compare, make_llm, make_tagi, note, parse, random_teachers, tokens
+from side_by_side import (SHAPES, PeakMemory, lora_flags, make_llm, make_tagi, no_config,
+                          random_teachers, tokens)
 
 
-def teachers(args):
-    """16 LoRA teachers of the built-in suite's tasks, tokenizing included: all in one batch, against one after another.
+def teachers(section, args):
+    """Sixteen LoRA teachers are trained in one batch, or one after another with PEFT.
 
-    PEFT's model is made once, outside the clock.
+    Each learns one task of the built-in suite in ten steps, tokenizing included; *batch* is its
+    number of instances a step. A batch of all sixteen is padded to the longest text of all tasks:
+    its FLOPs are more, its time is to be less. PEFT's model is made once, outside the clock.
     """
-    steps, units, suite = 10, 16, str(Path(common.__file__).parent / common.SUITE)
-    rank, alpha, targets = SHAPES[args.size][4:]
-    if not Path(suite).is_dir():
-        with contextlib.redirect_stdout(None):
-            sample.write_suite(suite)
-    tasks = {task.name: [task] for task in data.load_sni(suite, "train", 40)[:units]}
-    tokenizer, names = train_teacher.load_tokenizer(f"{suite}/tokenizer"), sorted(tasks)
-    ours, plain = make_llm(args), make_llm(args)
-    lora.inject_lora(ours, targets.split(","), rank, alpha)
-    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), lora_dropout=0.0)
-    model = peft.get_peft_model(plain, settings)
+    n_teachers, steps = 16, 10
+    shape, suite = SHAPES[args.size], ROOT / sample.SUITE
+    if not suite.is_dir():
+        sample.write_suite(suite)
+    tasks_of = {}                                       # teacher -> its tasks
+    for task in data.load_sni(str(suite), "train", 40)[:n_teachers]:
+        tasks_of[task.name] = [task]
+    names = sorted(tasks_of)
+    tokenizer = t5.load_tokenizer(str(suite / "tokenizer"))
+
+    ours = make_llm(args)
+    lora.inject_lora(ours, shape.targets.split(","), shape.rank, shape.alpha)
+    settings = peft.LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=0.0,
+                               target_modules=shape.targets.split(","))
+    model = peft.get_peft_model(make_llm(args), settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def at_once(options):
-        with mock.patch.object(common, "Log"), mock.patch.object(train_teacher, "save_teacher"):
-            train_teacher.train_teachers("", options, ours, tokenizer, names, tasks, mock.Mock(asked=0), 0)
+        # Of a run only what training a group reads: it keeps no log and saves nothing.
+        run = types.SimpleNamespace(options=options, folder="unused", rank=0, record=dict,
+                                    stop=types.SimpleNamespace(asked=0))
+        with mock.patch.object(common, "Log"), mock.patch.object(lora, "save_teacher"):
+            train_teacher.train_group(run, ours, tokenizer, names, tasks_of)
 
     def one_after_another(options):
         for n, name in enumerate(names):
             optimizer = torch.optim.AdamW(parameters, lr=options.lr, fused=True)
             for step in range(steps):
-                drawn, = draw.draw_tasks(tasks[name], draw.generator(0, step, n), 1, options.instances, 0)
-                items = [(drawn.definition, [], text) for text in drawn.prompts]
-                ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, args.device)
-                labels = data.labels(tokenizer, [y for _, y in drawn.pairs], options.max_output, args.device)
-                with torch.autocast(args.device, torch.bfloat16, enabled=options.precision == "bf16"):
-                    logits = lora.logits(model, ids, mask, labels)
+                rng = data.rng_of(0, step, n)
+                drawn = data.draw_tasks(tasks_of[name], rng, 1, options.instances, 0)
+                ids, mask, labels = train_teacher.instructed_batch(drawn, tokenizer, options)
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+                    logits = t5.logits(model, ids, mask, labels)
                 F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
+    precision = "bf16" if args.device == "cuda" else "fp32"
     for batch in (1, 2, 4, 8):
-        options = parse(train_teacher.parser(), "lora", f"--device={args.device}", f"--rank={rank}", f"--alpha={alpha}",
-                        f"--targets={targets}", f"--steps={steps}", "--tasks=1", f"--instances={batch}", "--unit=task",
-                        "--max-input=192", "--max-output=16", "--lr=1e-3",
-                        f"--precision={'bf16' if args.device == 'cuda' else 'fp32'}")
-        name = f"16 teachers, batch {batch}"
-        seconds = compare(name, args, {"PEFT, one after another": lambda: one_after_another(options),
-                                       "ours, at once": lambda: at_once(options)}, rounds=max(3, args.rounds // 3))
-        rates = [f"{way} {units * steps / x:.0f}" for way, x in seconds.items()]
-        a, b = seconds.values()
-        note(name, f"teacher-steps a second: {', '.join(rates)}: {a / b:.1f}x")
+        argv = ["--stage=lora", *lora_flags(args), f"--precision={precision}", f"--steps={steps}",
+                "--tasks=1", f"--instances={batch}", "--unit=task", "--max-input=192",
+                "--max-output=16", "--lr=1e-3"]
+        with no_config():
+            options = config.parse(train_teacher.parser(), "lora", argv)
+        seconds = section.compare(f"batch {batch}", {
+            "PEFT, one after another": lambda: one_after_another(options),
+            "ours, at once": lambda: at_once(options)}, rounds=5)
+        section.add_column("teacher-steps a second", {
+            way: f"{n_teachers * steps / x:.0f}" for way, x in seconds.items()})
 
 
-def finetune(args):
-    """A finetuning step with all three losses against a LoRA step on the same instances with the instruction in the input."""
-    S, _, T, C, rank, alpha, targets = SHAPES[args.size]
-    tasks = 32 if args.size == "tiny" else 8
-    flags = ["--lambda-kl=1", "--alignment=product"]
-    for instances in (1, 2, 4) if args.size == "tiny" else (1, 2):
-        tagi, plain = make_tagi(args, *flags), make_llm(args)
-        batch = random_batch(args, tasks, instances, S, T, C)
+def finetune(section, args):
+    """A step trains the hypernetwork with all three losses, or one LoRA on the same instances.
+
+    The usual way is a LoRA for all tasks that reads the instruction in every input. Ours runs the
+    frozen LLM twice more, as KL teacher and over the instructions, and reads an instruction once
+    for all its instances: the more of these, the smaller the difference. *MB at the peak* counts
+    the tensors that a step makes, without the model.
+    """
+    shape = SHAPES[args.size]
+    tasks, numbers = (32, (1, 2, 4)) if args.size == "tiny" else (8, (1, 2))
+    for instances in numbers:
+        batch = random_batch(args, tasks, instances, shape.instruction, shape.instance,
+                             shape.answer)
+        tagi = make_tagi(args, "--lambda-kl=1", "--alignment=product")
         stacked = random_teachers(tagi, tasks)
-        optimizer = optim.make_optimizer(tagi.trainable(), tagi.options)
+        optimizer = config.make_optimizer(tagi.trainable(), tagi.options)
 
         def ours():
             step(tagi, optimizer, batch, stacked)
 
-        lora.inject_lora(plain, targets.split(","), rank, alpha)
-        weights = lora.init_weights(plain, rank, 0)
-        parameters = {f"{site}.{i}": p.requires_grad_() for site, pair in weights.items() for i, p in enumerate(pair)}
-        its_optimizer = optim.make_optimizer(parameters, tagi.options)
+        plain = make_llm(args)
+        lora.inject_lora(plain, shape.targets.split(","), shape.rank, shape.alpha)
+        weights = lora.init_weights(plain, shape.rank, 0)
+        parameters = lora.flatten(weights)
+        for p in parameters.values():
+            p.requires_grad_()
+        its_optimizer = config.make_optimizer(parameters, tagi.options)
         lora.set_weights(plain, weights)
 
         def usual():
             with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-                logits = lora.logits(plain, *batch["prompt"], batch["labels"])
+                logits = t5.logits(plain, *batch["prompt"], batch["labels"])
             F.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten()).backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             its_optimizer.step()
             its_optimizer.zero_grad(set_to_none=True)
 
-        name, ways = f"finetune, {tasks} tasks x {instances}", {"LoRA, instruction in input": usual, "ours, three losses": ours}
-        seconds = compare(name, args, ways, rounds=args.rounds)
-        n_tokens = tasks * instances * (S + T + C)
-        rates = [f"{way} {n_tokens / x:.0f}" for way, x in seconds.items()]
-        peaks = [f"{way} {peak_memory(run, args.device):.0f}" for way, run in ways.items()]
-        note(name, f"tokens of instruction, input and answer a second: {', '.join(rates)}; MB at the peak: {', '.join(peaks)}")
+        ways = {"LoRA, instruction in input": usual, "ours, three losses": ours}
+        section.compare(f"{tasks} tasks x {instances} instances", ways)
+        section.add_column("MB at the peak", peaks(ways, args.device))
 
 
-def logits(args):
-    """L_pred and L_kl of 1 024 target positions (8 x 128) over T5's 32 128 words: in chunks, and with all logits at once."""
+def logits(section, args):
+    """The losses make a vocabulary's logits for 256 positions at a time, or all at once.
+
+    L_pred and L_kl of 1024 target positions over T5's 32128 words, forwards and backwards. In
+    chunks, logits are made once more in the backward pass: more FLOPs, for less memory.
+    """
     M, D, V = 1024, 768, 32128
-    heads = [nn.Linear(D, V, bias=False, device=args.device).requires_grad_(False) for _ in range(2)]
-    student, teacher = (torch.randn(M, D, device=args.device, requires_grad=n == 0) for n in range(2))
+    heads = [nn.Linear(D, V, bias=False, device=args.device).requires_grad_(False)
+             for _ in range(2)]
+    student = torch.randn(M, D, device=args.device, requires_grad=True)
+    teacher = torch.randn(M, D, device=args.device)
     labels = torch.randint(0, V, (M,), device=args.device)
     options = argparse.Namespace(temperature=1.0, standardize_logits=False)
 
@@ -123,55 +147,59 @@ def logits(args):
         with all_logits_at_once():
             chunked()
 
-    name, ways = f"logits of {M} positions", {"all at once": at_once, "in chunks": chunked}
-    compare(name, args, ways, rounds=5)
-    note(name, "MB at the peak: " + ", ".join(f"{way} {peak_memory(run, args.device):.0f}" for way, run in ways.items()))
+    ways = {"all at once": at_once, "in chunks": chunked}
+    section.compare(f"{M} positions", ways, rounds=5)
+    section.add_column("MB at the peak", peaks(ways, args.device))
 
 
-def compiling(args):
-    """The LLM's own training, forwards and backwards over 48 rows of eight lengths, with and without torch.compile."""
-    S, _, T, C, *_ = SHAPES[args.size]
-    batches = [(*tokens(args, 48, S + T - n), tokens(args, 48, C)[0]) for n in range(8)]
-    ways = {}
-    for name in ("without", "with"):
-        llm = make_llm(args).requires_grad_(True).train()
-        if name == "with":
-            llm.compile(dynamic=True)
+def padding(section, args):
+    """Finetuning's batches are sorted by length over several steps, or stay as drawn.
 
-        def train(llm=llm):
-            for ids, mask, labels in batches:
-                F.cross_entropy(lora.logits(llm, ids, mask, labels).flatten(0, 1), labels.flatten()).backward()
-                llm.zero_grad()
-
-        ways[name] = train
-    compare("torch.compile", args, ways, rounds=9, count=False)
-
-
-def padding(args):
-    """The share of padding in finetuning's batches of 8 tasks on Super-NaturalInstructions, sorted by length or as drawn."""
-    folder = os.path.join(os.environ.get("TAGI_DATA", ""), "sni")
-    if not os.path.isdir(folder):
-        return note("padding", f"skipped: no {folder}; TAGI_DATA names a folder with Super-NaturalInstructions in sni")
-    options = parse(train_hyper.parser(), "finetune", f"--data={folder}", "--allow-missing", "--demos=mixed", "--accumulate=2")
-    tasks = data.training_tasks(options)
-    texts = [" ".join(text.split())[:500] for task in tasks for text in (task.definitions[0], task.instances[0].input)]
+    The table shows the share of padding in what the encoder reads, for batches of 8 tasks of
+    Super-NaturalInstructions and two micro-batches a step: less of it is less to compute.
+    """
+    folder = Path(os.environ.get("TAGI_DATA", ""), "sni")
+    if not folder.is_dir():
+        section.notes.append("Left out: TAGI_DATA names no folder with Super-NaturalInstructions "
+                             "in sni.")
+        return
+    with no_config():
+        options = train_hyper.get_options([
+            "--stage=finetune", f"--data={folder}", "--allow-missing", "--demos=mixed",
+            "--accumulate=2"])
+    tasks, texts = data.training_tasks(options), []
+    for task in tasks:
+        for text in (task.definitions[0], task.instances[0].input):
+            texts.append(" ".join(text.split())[:500])
     student = argparse.Namespace(tokenizer=train_tokenizer(texts, 8000))
     for ranks in (1, 8):
-        shares = {}
+        row = {"case": f"{ranks} rank" + ("s" if ranks > 1 else "")}
         for steps in (0, 1, 8):
-            options.bucket_steps, n_micro = steps, ranks * options.accumulate
-            with mock.patch.object(data, "training_tasks", lambda _: tasks):
-                get_batch, _ = train_hyper.finetune_batches(options, student, n_micro)
-                batches = [get_batch(step, micro) for step in range(16) for micro in range(n_micro)]
-            masks = [batch[key][1] for batch in batches for key in ("input", "prompt")]
-            shares[steps] = 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
-        said = [f"--bucket-steps {steps}: {share:.0%}" for steps, share in shares.items()]
-        note(f"padding, {ranks} rank{'s' * (ranks > 1)} x 2 x 8 tasks", ", ".join(said))
+            options.bucket_steps = steps
+            row[f"--bucket-steps {steps}"] = f"{padding_share(options, student, ranks, tasks):.0%}"
+        section.rows.append(row)
 
+
+def padding_share(options, student, ranks, tasks, steps=16):
+    """The share of padding in what the student and its teacher read in so many steps."""
+    n_micro = ranks * options.accumulate
+    get_batch, _ = train_hyper.finetune_batches(options, student, n_micro, tasks)
+    real = total = 0
+    for step in range(steps):
+        for micro in range(n_micro):
+            batch = get_batch(step, micro)
+            for _, mask in (batch["input"], batch["prompt"]):
+                real += mask.sum().item()
+                total += mask.numel()
+    return 1 - real / total
+
+
+# ------------------------------------------------------------------- for these and for sizes.py
 
 def step(tagi, optimizer, batch, teachers):
     """What train_hyper.train does with one micro-batch."""
-    terms = train_hyper.losses(tagi, batch, teachers, None, tagi.options, len(batch["positions"]), len(batch["unit"]))
+    n_tokens, n_tasks = len(batch["positions"]), len(batch["instruction"][0])
+    terms = train_hyper.losses(tagi, batch, teachers, None, tagi.options, n_tokens, n_tasks)
     terms["loss"].backward()
     nn.utils.clip_grad_norm_(tagi.trainable().values(), 1.0)
     optimizer.step()
@@ -180,22 +208,30 @@ def step(tagi, optimizer, batch, teachers):
 
 @contextlib.contextmanager
 def all_logits_at_once():
-    """Within: train_hyper.target_losses neither cuts the positions into chunks nor makes logits twice."""
-    with mock.patch.object(train_hyper.target_losses, "__defaults__", (10 ** 9,)), \
-            mock.patch.object(train_hyper, "checkpoint", lambda f, *args, **kwargs: f(*args)):
+    """Within: train_hyper.target_losses neither cuts positions into chunks nor repeats logits."""
+    def run(f, *args, **kwargs):
+        return f(*args)
+
+    size = mock.patch.object(train_hyper.target_losses, "__defaults__", (10 ** 9,))
+    with size, mock.patch.object(train_hyper, "checkpoint", run):
         yield
 
 
 def random_batch(args, tasks, instances, S, T, C):
-    """A batch of train_hyper.finetune_batches' form, every text as long as the others."""
+    """A batch as train_hyper.finetune_batches makes them, every text as long as the others."""
     n = tasks * instances
-    return {"instruction": tokens(args, tasks, S), "input": tokens(args, n, T), "prompt": tokens(args, n, S + T), "index": None,
-            "unit": torch.arange(tasks, device=args.device), "labels": tokens(args, n, C)[0],
-            "positions": torch.arange(n * C, device=args.device)}
+    return {"instruction": tokens(args, tasks, S), "input": tokens(args, n, T),
+            "prompt": tokens(args, n, S + T), "labels": tokens(args, n, C)[0],
+            "positions": torch.arange(n * C, device=args.device), "index": None,
+            "teacher": torch.arange(tasks, device=args.device)}
+
+
+def peaks(ways, device) -> dict:
+    """{way: megabytes that one run needs beyond what was there before}."""
+    return {way: f"{peak_memory(run, device):.0f}" for way, run in ways.items()}
 
 
 def peak_memory(run, device):
-    """Megabytes that one run needs beyond what was there before."""
     if device == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()

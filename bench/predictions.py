@@ -1,0 +1,244 @@
+"""Predictions: which rows are made, what they depend on, where they are kept, scored once more.
+
+`rescore` needs no model. loaded: evaluate.py's tasks and models, which are handed in.
+"""
+import itertools
+import os
+import re
+
+import numpy as np
+
+import common
+import config
+import lora
+import t5
+from bench.report import ROWS, SETTINGS, score
+from common import UserError
+
+HEURISTICS = {"copy_input", "copy_demo"}        # rows that need no model
+UNSEEN_WORDING = {"tagi_unseen_wording", "meta_unseen_wording"}
+NOT_FOR = {                                     # --bench -> rows that it does not have
+    "sample": set(),
+    "sni": UNSEEN_WORDING,
+    "p3": UNSEEN_WORDING | HEURISTICS | {"teachers"},
+}
+
+# ------------------------------------------------------------------------ which rows there are
+
+def chosen_rows(loaded, has_unseen_wording: bool) -> list[str]:
+    """The rows to be made, in the table's order: those of --rows, or all that there are.
+
+    One that cannot be made is left out with a word; where it was asked for, that is a UserError.
+    """
+    options = loaded.options
+    asked = [] if options.rows is None else options.rows.split(",")
+    for row in asked:
+        if row not in ROWS:
+            near = config.closest(row, ROWS)
+            raise UserError(f"--rows: unknown row '{row}'{near}; --help lists them")
+        if row in NOT_FOR[options.bench]:
+            raise UserError(f"--rows: {row} is no row of --bench {options.bench}")
+    wanted = asked
+    if not asked:
+        left_out = {"no_finetuning"} if options.bench == "sample" else set(NOT_FOR[options.bench])
+        if not has_unseen_wording:
+            left_out |= UNSEEN_WORDING
+        wanted = [row for row in ROWS if row not in left_out]
+    for row, reason in impossible_rows(loaded).items():
+        if (row in asked and row != "tagi_shuffled") or wanted == [row]:
+            raise UserError(f"the row {row} cannot be made: {reason}")
+        if row in wanted:
+            print(f"left out: {ROWS[row]}: {reason}")
+            wanted = [x for x in wanted if x != row]
+    if "tagi_shuffled" in wanted and len({kind(task) for task in loaded.tasks}) == 1:
+        print(f"{ROWS['tagi_shuffled']}: all tasks are of one category: that of another task")
+    return [row for row in ROWS if row in wanted]
+
+
+def impossible_rows(loaded) -> dict:
+    """{row that cannot be made: why}."""
+    reasons = {}
+    if len(loaded.tasks) == 1:
+        reasons["tagi_shuffled"] = "there is one task only, none to take an instruction from"
+    folder, _, command = loaded.teachers_of("meta_lora")
+    if not os.path.isdir(folder):
+        reasons["meta_lora"] = f"first run {command}"
+    path = os.path.join(loaded.options.runs, "lora", "config.yaml")
+    remedy = "train the stage lora again with --fresh"
+    if os.path.isfile(path) and "data_digest" not in common.read_yaml(path, remedy):
+        reasons["teachers"] = ("they were trained on each file's first instances, before rows "
+                               f"were shuffled, so none is known to be held out; {remedy}")
+    return reasons
+
+
+def kind(task) -> str:
+    """A task's category; P3's ANLI, CB and RTE are one: their templates are nearly the same."""
+    nli = ("anli_r1", "anli_r2", "anli_r3", "cb", "rte")
+    return "nli" if task.category in nli else task.category
+
+
+def of_another_kind(tasks) -> list:
+    """For every task one of another kind, drawn, always the same; where there is none, any."""
+    rng = np.random.default_rng(0)
+    givers = []
+    for task in tasks:
+        others = [x for x in tasks if kind(x) != kind(task)]
+        others = others or [x for x in tasks if x is not task]
+        givers.append(others[rng.integers(len(others))])
+    return givers
+
+
+def known_tasks(tasks: dict, trained_on: dict) -> list[str]:
+    """Names of those tasks that `trained_on` has, by name or definition ({name: its digest}).
+
+    A name counts without its number (task061_…), which is another one in a suite of another seed.
+    """
+    def plain(name):
+        return re.sub(r"^task\d+_", "", name)
+
+    names, definitions = set(map(plain, trained_on)), set(trained_on.values())
+    return [name for name, definition in tasks.items()
+            if plain(name) in names or definition in definitions]
+
+
+def likeliest(choices, scores) -> list[str]:
+    """Of each row's choices the one with the highest score, the first of equals."""
+    return [row[its.index(max(its))] for row, its in zip(choices, scores, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------- kept
+
+def sources_of(loaded, wanted) -> dict:
+    """What these rows' predictions depend on: one goes on only where all of it is the same.
+
+    Raises UserError where something that a row needs is missing, before anything is written.
+    """
+    o = loaded.options
+    sources = {"bench": o.bench}
+    for key in ("split", "precision", "max_input", "max_output", "normalize"):
+        sources[key] = getattr(o, key)
+    givers = {name: task.name for name, task in loaded.givers.items()}
+    sources["tasks"] = common.digest(repr(loaded.tasks) + repr(givers))
+    if UNSEEN_WORDING & set(wanted):
+        sources["reworded"] = common.digest(repr(loaded.reworded))
+    if set(wanted) - HEURISTICS:
+        weights = t5.weights_digest(loaded.checkpoint)
+        sources["checkpoint"] = weights + loaded.tagi.options.llm_fingerprint
+    if {"meta", "meta_unseen_wording"} & set(wanted):
+        sources["meta"] = t5.weights_digest(t5.meta_path(o))
+    if "no_finetuning" in wanted:
+        sources["base"] = t5.weights_digest(t5.base_path(o))
+    for row in {"teachers", "meta_lora"} & set(wanted):
+        folder, unit, command = loaded.teachers_of(row)
+        tasks, expected = loaded.tasks_of(row), vars(loaded.tagi.options)
+        lora.check_teachers(folder, loaded.teacher_names(tasks, unit), expected, command)
+        record = vars(common.load_options(folder))
+        common.check_digests(expected, folder, record)
+        if row == "teachers":                           # they answer the data's training tasks
+            common.check_digests(loaded.training_data(record), folder, record)
+        sources[row] = t5.weights_digest(folder) + common.digest(repr(tasks))
+    return sources
+
+
+def open_predictions(out: str, record: dict, sources: dict, fresh: bool) -> dict:
+    """{(row, demos, task, id): prediction} of what the same models predicted on the same data.
+
+    record: options, written to config.yaml with `sources`. Predictions of other models or data are
+    set aside as predictions.jsonl.1, .2 and so on.
+    """
+    common.make_folder(out)
+    path, written = f"{out}/predictions.jsonl", f"{out}/config.yaml"
+    done = {}
+    if os.path.isfile(path):
+        remedy = "choose another --out, or start over with --fresh"
+        before = common.read_yaml(written, remedy).get("sources", {})
+        if fresh or any(before.get(key, mark) != mark for key, mark in sources.items()):
+            n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
+            os.replace(path, f"{path}.{n}")
+        else:
+            sources = before | sources
+            with open(path, "rb+") as f:
+                f.truncate(f.read().rfind(b"\n") + 1)   # a last line that was cut off goes
+            if os.path.getsize(path):
+                records = common.read_json_lines(path, "start over with --fresh", row=str,
+                                                 demos=int, task=str, id=object, prediction=str)
+                done = {(r["row"], r["demos"], r["task"], r["id"]): r for r in records}
+    common.write_yaml(written, {**record, "sources": sources, "versions": common.versions()})
+    return done
+
+
+# -------------------------------------------------------------------------------- scored once more
+
+def bench_of_predictions(path: str, records: list[dict], bench: str | None) -> str:
+    """Which benchmark a file of predictions is of, and so by which rule it is scored.
+
+    The file's own lines say it, or the config.yaml that an evaluation left beside it; else
+    `bench` (--bench), by default sni. Raises UserError where they name two.
+    """
+    found = {r["bench"] for r in records if isinstance(r.get("bench"), str)}
+    beside = os.path.join(os.path.dirname(path), "config.yaml")
+    if not found and os.path.isfile(beside):
+        written = common.read_yaml(beside, "move it away, or the predictions elsewhere")
+        if {"bench", "sources"} <= written.keys():
+            found = {written["bench"]}
+    if bench:
+        found.add(bench)
+    if len(found) > 1:
+        raise UserError(f"{path}: scores follow the rule of one benchmark, not "
+                        f"{' and '.join(sorted(found))}; drop --bench or split the file")
+    return found.pop() if found else "sni"
+
+
+def rescore(path: str, references: str | None, bench: str | None) -> dict:
+    """The results of predictions that are there, in our own form or the official one.
+
+    references: the official file, where the predictions have none; an instance of it without a
+    prediction scores as an empty one. bench: whose rule scores them, where they do not say so.
+    Raises UserError where files or benchmarks do not belong together.
+    """
+    remedy = "--rescore reads predictions, one JSON object a line"
+    lines = common.read_json_lines(path, remedy, id=object, prediction=str)
+    bench = bench_of_predictions(path, lines, bench)
+    official = read_references(references) if references else None
+    groups = {}                                         # (row, demos) -> {(task, id): record}
+    for r in lines:
+        row, demos = str(r.get("row", os.path.basename(path))), r.get("demos")
+        group = groups.setdefault((row, demos if demos in SETTINGS else None), {})
+        key = str(r.get("task")), str(r["id"])
+        if key in group:
+            raise UserError(f"{path} holds two predictions of {r['id']}; keep one")
+        group[key] = r
+    results = []
+    for (row, demos), group in groups.items():
+        records = list(group.values())
+        own = all(common.is_texts(r.get("references")) and isinstance(r.get("task"), str)
+                  and isinstance(r.get("category"), str) for r in records)
+        if official is None and not own:
+            raise UserError(f"{path}: predictions without references, task and "
+                            "category; name the official reference file with --references")
+        given = {name: r["prediction"] for (_, name), r in group.items()}
+        unknown = [] if official is None else [name for name in given if name not in official]
+        # Our file's teachers answer training tasks, which the official file does not have.
+        if unknown and not (own and len(unknown) == len(given)):
+            raise UserError(f"{path}: {len(unknown)} ids are not in {references}: "
+                            f"{', '.join(unknown[:3])} …; name the reference file of "
+                            "these predictions")
+        if official is not None and not unknown:
+            records = [r | {"prediction": given.get(name, "")} for name, r in official.items()]
+            if missing := len(official) - len(given):
+                print(f"{row}: {missing} of {len(official)} instances have no prediction and "
+                      "score as empty")
+        results.append(score(row, demos, records, bench != "sni"))
+    return {"bench": bench, "split": "rescored", "results": results, "published": [],
+            "versions": common.versions()}
+
+
+def read_references(path: str) -> dict:
+    """{id: task, category and references} of the official file."""
+    remedy, official = "--references reads the official test_references.jsonl", {}
+    for r in common.read_json_lines(path, remedy, id=object, references=list):
+        if r.get("track", "default") == "default":      # the file has another track too
+            official[str(r["id"])] = {"task": str(r.get("task_id", "all")),
+                                      "category": str(r.get("task_category", "all")),
+                                      "references": r["references"]}
+    return official

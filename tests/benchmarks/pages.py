@@ -1,0 +1,43 @@
+"""What the scripts here share about the files in docs/ that they write."""
+import platform
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("case", "way", "stage", "size", "command", "arithmetic")   # columns that hold no numbers
+
+
+def processor() -> str:
+    """This machine's cores, by number and name, with the vector instructions that they have."""
+    found = {}                                          # key of a line -> its value on each core
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), []).append(value.strip())
+    names = found.get("model name") or [platform.machine()]
+    flags = found.get("flags", [""])[0].split()
+    extras = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    return f"{len(found['processor'])} cores of {names[0]} with {', '.join(extras) or 'no AVX2'}"
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table of rows {column's title: text}.
+
+    Columns come in the order in which rows first name them; where a row lacks one it is empty.
+    """
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    lines = ["| " + " | ".join(titles) + " |",
+             "|" + "|".join("---" if title in WORDS else "--:" for title in titles) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(row.get(title, "") for title in titles) + " |")
+    return "\n".join(lines)
+
+
+def part(name: str, text: str) -> str:
+    """The text between two comments by which a script finds it again."""
+    return f"<!-- {name} -->\n{text}<!-- /{name} -->\n"
+
+
+def part_of(page: str, name: str) -> str | None:
+    """The text that `part` put between the comments of this name; None where they are not there."""
+    before, begin, rest = page.partition(f"<!-- {name} -->\n")
+    text, end, _ = rest.partition(f"<!-- /{name} -->\n")
+    return text if begin and end else None

@@ -103,8 +103,8 @@ def aligns(options) -> bool:
 
 # ------------------------------------------------------------------------------------------ data
 
-def targets(labels, device):
-    # Counted before they go to a GPU, which would have to be waited for.
+def located(labels, device):
+    # (N, C), and where the M that count are in N·C: found before they go to a GPU
     return {"labels": labels.to(device), "positions": data.target_positions(labels).to(device)}
 
 
@@ -128,7 +128,7 @@ def pretrain_batches(options, tagi, n_micro):
                 rows.append(ids + [tokenizer.eos_token_id])
         return {"instruction": data.pad(a, tokenizer.pad_token_id, device),
                 "input": data.pad(b, tokenizer.pad_token_id, device),
-                **targets(data.pad(c, data.IGNORE)[0], device), "index": None}
+                **located(data.pad(c, data.IGNORE)[0], device), "index": None}
 
     return get_batch
 
@@ -168,7 +168,7 @@ def finetune_batches(options, tagi, n_micro, tasks):
             "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in keys],
                                                     options.max_instruction, device, verbatim),
             "input": data.tokenize(tokenizer, inputs, options.max_input, device),
-            **targets(data.labels(tokenizer, outputs, options.max_output), device),     # (N, C)
+            **located(data.labels(tokenizer, outputs, options.max_output), device),     # (N, C)
             # instance -> instruction, (N,); None where each one's instances are a block of N / K
             "index": torch.tensor(index, device=device) if len(keys) < len(drawn) else None,
             "teacher": torch.tensor([key[0] for key in keys], device=device)}           # (K,)
@@ -260,16 +260,16 @@ def run_teacher(tagi, teacher_llm, teachers, options, batch):
 CHUNK = 256     # target positions whose logits exist at a time; of T5's vocabulary 32 MB in float32
 
 
-def target_losses(student, teacher, targets, student_head, teacher_head, options, size=CHUNK):
+def target_losses(student, teacher, labels, student_head, teacher_head, options, size=CHUNK):
     """L_pred (Eq. 3, 4) and L_kl (Eq. 5), each summed over M target positions.
 
-    student, teacher: what their heads read, (M, D); targets: (M,). teacher None: L_kl is 0.
+    student, teacher: what their heads read, (M, D); labels: (M,). teacher None: L_kl is 0.
     """
     # Logits are made for `size` positions at a time, and once more in the backward pass: all of
     # (M, V) never exists.
-    def of_chunk(student, teacher, targets):
+    def of_chunk(student, teacher, labels):
         logits = student_head(student).float()                                      # (size, V)
-        ce = F.cross_entropy(logits, targets, reduction="sum")
+        ce = F.cross_entropy(logits, labels, reduction="sum")
         if teacher is None:
             return ce, torch.zeros_like(ce)
         with torch.no_grad():
@@ -277,10 +277,10 @@ def target_losses(student, teacher, targets, student_head, teacher_head, options
         return ce, kl_loss(logits, teacher_logits, options.temperature, options.standardize_logits)
 
     ce = kl = 0.0
-    for start in range(0, len(targets), size):
+    for start in range(0, len(labels), size):
         rows = slice(start, start + size)
         its_teacher = None if teacher is None else teacher[rows]
-        its_ce, its_kl = checkpoint(of_chunk, student[rows], its_teacher, targets[rows],
+        its_ce, its_kl = checkpoint(of_chunk, student[rows], its_teacher, labels[rows],
                                     use_reentrant=False, preserve_rng_state=False)
         ce, kl = ce + its_ce, kl + its_kl
     return ce, kl

@@ -52,14 +52,15 @@ def parser():
 
 
 def stages_of(argv) -> list[str]:
-    """The stage asked for, or those that the config has a section for and that are not made yet."""
-    # Whatever section is parsed: these options stand above them all.
+    """The stage asked for, or those that the config has a section for, in order."""
+    # Which section is parsed does not matter: these options stand above them all.
     options = config.parse(parser(), "base", argv)
     if options.stage:
         return [options.stage]
     sections = config.read_config(options.config)
     stages = [stage for stage in STAGES if stage.replace("-", "_") in sections]
-    if options.meta_model or options.model != "tiny":       # a checkpoint is there to begin with
+    # A checkpoint stands for base, and one that is meta-trained for meta too.
+    if options.meta_model or options.model != "tiny":
         stages = [stage for stage in stages if stage != "base"]
     if options.meta_model:
         stages = [stage for stage in stages if stage != "meta"]
@@ -102,40 +103,6 @@ def instructed_batch(draws, tokenizer, options):
 def dealt(draws, options, n_micro):
     """The same draws, sorted by length over --bucket-steps steps of n_micro micro-batches each."""
     return data.by_length(draws, options.bucket_steps, options.seed, n_micro)
-
-
-# The curriculum of a T5 made from nothing. Shares of the steps:
-EASY_FIRST = 0.13       # at the start only tasks with answers of one or two words, in one wording
-DEMOS_AFTER = 0.71      # no demonstrations before that; there the learning rate starts anew
-UNINSTRUCTED = 0.05     # share of the draws whose input is the instance alone
-
-
-def curriculum_draws(tasks, options):
-    """`mixed_draws` with easy tasks first and demonstrations last."""
-    if all(x.prompt == x.input for task in tasks for x in task.instances):
-        raise UserError("--curriculum: here every input is the whole prompt, instruction included, "
-                        "and some are to be without; choose --p3-input fields and rows with them")
-    # A short answer is learned first.
-    easy = []
-    for task in tasks:
-        lengths = [len(output.split()) for x in task.instances for output in x.outputs]
-        if max(lengths) <= 2:
-            easy.append(dataclasses.replace(task, definitions=task.definitions[:1]))
-
-    def draws(step, micro):
-        rng, demos = data.rng_of(options.seed, step, micro), 0
-        if step >= DEMOS_AFTER * options.steps:
-            demos = data.n_demonstrations(options.demos, options.seed, step)
-        is_easy = step < EASY_FIRST * options.steps
-        drawn = data.draw_tasks((easy or tasks) if is_easy else tasks, rng, options.tasks,
-                                options.instances, demos, options.vary_demos)
-        for n, draw in enumerate(drawn):
-            if not is_easy and rng.random() < UNINSTRUCTED:
-                inputs = [its_input for its_input, _ in draw.pairs]     # P3: fields, not the prompt
-                drawn[n] = dataclasses.replace(draw, definition="", demonstrations=[],
-                                               prompts=inputs)
-        return drawn
-    return draws
 
 
 # ----------------------------------------------------------- base, meta, lora-all: all ranks train
@@ -212,34 +179,6 @@ def train_llm(run, llm, tokenizer, get_batch, **kwargs):
     train_together(run, llm, dict(llm.named_parameters()), get_batch, save, **kwargs)
 
 
-def train_base(options, run):
-    """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
-    path = os.path.join(options.data, "tokenizer")
-    if not os.path.isdir(path):
-        raise UserError(f"{path}: no such folder; --model tiny needs a tokenizer beside its data: "
-                        "python -m bench.sample")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
-    # Each document is cut in two: the encoder reads the first part, the rest is the target.
-    documents = data.read_documents(options.text)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    n = options.tasks * options.instances
-
-    def draws(step, micro):
-        return data.draw_documents(documents, data.rng_of(options.seed, step, micro), n)
-
-    deal = dealt(draws, options, run.world * options.accumulate)
-
-    def get_batch(step, micro):
-        rng = data.rng_of(options.seed, step, micro, 3)
-        rows = data.cut_documents(deal(step, micro), tokenizer, 2, options.text_length, rng)
-        ids, mask = data.pad([first + [eos] for first, _ in rows], pad, options.device)
-        labels, _ = data.pad([rest + [eos] for _, rest in rows], data.IGNORE, options.device)
-        return ids, mask, labels
-
-    train_llm(run, t5.tiny_t5(len(tokenizer), options.seed), tokenizer, get_batch)
-
-
 def train_meta(options, run):
     """The LLM on all training tasks, mixed, with the instruction in its input."""
     path = t5.base_path(options, run.found)
@@ -248,8 +187,7 @@ def train_meta(options, run):
     run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
     tasks = data.training_tasks(options)
     draws, restart = mixed_draws(tasks, options), 0.0
-    # A model made from nothing learns in an order; a checkpoint from all tasks at once.
-    if options.curriculum:
+    if options.curriculum:                      # for a T5 made from nothing, see below
         draws, restart = curriculum_draws(tasks, options), DEMOS_AFTER
     deal = dealt(draws, options, run.world * options.accumulate)
 
@@ -413,6 +351,71 @@ def train_group(run, llm, tokenizer, group, tasks_of):
     if run.stop.asked:                          # in the last step: these teachers are done
         common.leave(run.folder, options.steps, log)
     log.close()
+
+
+# ------------------------------------------- a T5 made from nothing: base, and meta's --curriculum
+
+def train_base(options, run):
+    """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
+    path = os.path.join(options.data, "tokenizer")
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: no such folder; --model tiny needs a tokenizer beside its data: "
+                        "python -m bench.sample")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
+    # Each document is cut in two: the encoder reads the first part, the rest is the target.
+    documents = data.read_documents(options.text)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    n = options.tasks * options.instances
+
+    def draws(step, micro):
+        return data.draw_documents(documents, data.rng_of(options.seed, step, micro), n)
+
+    deal = dealt(draws, options, run.world * options.accumulate)
+
+    def get_batch(step, micro):
+        rng = data.rng_of(options.seed, step, micro, 3)
+        rows = data.cut_documents(deal(step, micro), tokenizer, 2, options.text_length, rng)
+        ids, mask = data.pad([first + [eos] for first, _ in rows], pad, options.device)
+        labels, _ = data.pad([rest + [eos] for _, rest in rows], data.IGNORE, options.device)
+        return ids, mask, labels
+
+    train_llm(run, t5.tiny_t5(len(tokenizer), options.seed), tokenizer, get_batch)
+
+
+# The curriculum of a model that knows nothing; a checkpoint learns all tasks at once. Shares of
+# the steps:
+EASY_FIRST = 0.13       # at the start only tasks with answers of one or two words, in one wording
+DEMOS_AFTER = 0.71      # no demonstrations before that; there the learning rate starts anew
+UNINSTRUCTED = 0.05     # share of the draws whose input is the instance alone
+
+
+def curriculum_draws(tasks, options):
+    """`mixed_draws` with easy tasks first and demonstrations last."""
+    if all(x.prompt == x.input for task in tasks for x in task.instances):
+        raise UserError("--curriculum: here every input is the whole prompt, instruction included, "
+                        "and some are to be without; choose --p3-input fields and rows with them")
+    # A short answer is learned first.
+    easy = []
+    for task in tasks:
+        lengths = [len(output.split()) for x in task.instances for output in x.outputs]
+        if max(lengths) <= 2:
+            easy.append(dataclasses.replace(task, definitions=task.definitions[:1]))
+
+    def draws(step, micro):
+        rng, demos = data.rng_of(options.seed, step, micro), 0
+        if step >= DEMOS_AFTER * options.steps:
+            demos = data.n_demonstrations(options.demos, options.seed, step)
+        is_easy = step < EASY_FIRST * options.steps
+        drawn = data.draw_tasks((easy or tasks) if is_easy else tasks, rng, options.tasks,
+                                options.instances, demos, options.vary_demos)
+        for n, draw in enumerate(drawn):
+            if not is_easy and rng.random() < UNINSTRUCTED:
+                inputs = [its_input for its_input, _ in draw.pairs]     # P3: fields, not the prompt
+                drawn[n] = dataclasses.replace(draw, definition="", demonstrations=[],
+                                               prompts=inputs)
+        return drawn
+    return draws
 
 
 # ------------------------------------------------------------------------------------------ main

@@ -23,7 +23,7 @@ import evaluate
 import t5
 import train_hyper
 import train_teacher
-from bench import report
+from bench import report, rouge
 
 TERMS = {"base": {"loss"}, "meta": {"loss"}, "lora": {"loss"}, "lora-all": {"loss"},
          "pretrain": {"loss", "ce"},
@@ -339,8 +339,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(evaluate, "COST_REPEATS", 1)
 
 
+@pytest.fixture
+def uncosted(monkeypatch):
+    """No costs, which take most of a small evaluation's time."""
+    monkeypatch.setattr(evaluate, "measure_costs", lambda *args: {})
+
+
 def strict_match(prediction, references):
-    return evaluate.exact_match(prediction, references, strict=True)
+    return rouge.exact_match(prediction, references, strict=True)
 
 
 def read(folder):
@@ -370,7 +376,7 @@ def test_evaluate_writes_every_row_at_both_settings(project, quick, split):
         (p["task"], p["id"]) for p in predictions if p["row"] == "copy the input"}
 
 
-def test_the_copying_rows_copy(project, quick):
+def test_the_copying_rows_copy(project, uncosted):
     project.run("evaluate", "--split=validation")
     predictions, _, _ = read(project.runs / "evaluate")
     tasks = {p["task"]: json.loads((project.data / "tasks" / f"{p['task']}.json").read_text()) for p in predictions}
@@ -496,7 +502,7 @@ def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
         assert program == "python" or words[words.index("--nproc-per-node") + 1] == "3"
 
 
-def test_ablations_retrain_finetuning_for_every_row_once(project, quick, tmp_path):
+def test_ablations_retrain_finetuning_for_every_row_once(project, uncosted, tmp_path):
     """On one seed, the commands run in this process; a second run trains and scores nothing
     again."""
     called = ablations(tmp_path, project, SEEDS="1").stages()
@@ -528,7 +534,7 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, quick, tmp_pat
 
 
 def test_ablations_do_not_take_another_splits_or_checkpoints_scores(
-        project, quick, monkeypatch, tmp_path):
+        project, uncosted, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "ABLATIONS", {"TAGI, whole method": "finetune"})
 
     def evaluated(split):
@@ -635,9 +641,8 @@ def test_a_floor_that_the_quick_start_misses_is_exit_code_1(tmp_path, scores, mi
 
 
 def test_the_quick_start_checks_the_results_that_an_evaluation_writes(
-        project, monkeypatch, tmp_path):
+        project, uncosted, tmp_path):
     """Two steps of training miss every floor of the baseline; the table is there."""
-    monkeypatch.setattr(evaluate, "measure_costs", lambda *args: {})
     project.run("evaluate", "--rows=tagi,tagi_shuffled,meta")
     assert "TAGI, right instruction" in read(project.runs / "evaluate")[2]
     results = project.runs / "evaluate" / "results.json"
@@ -692,7 +697,7 @@ def one_task(project, tmp_path, *names):
     return own, ("--data", own.data, "--split=validation")
 
 
-def test_one_task_alone_has_no_shuffled_instruction(project, quick, tmp_path):
+def test_one_task_alone_has_no_shuffled_instruction(project, tmp_path):
     own, flags = one_task(project, tmp_path, 0)
     out = own.run("evaluate", *flags, "--rows=tagi,tagi_shuffled")
     assert "left out: TAGI, shuffled instruction" in out
@@ -727,7 +732,7 @@ def test_one_lora_for_all_is_the_lora_stages_single_teacher(project):
         "lora-all", "--name=other", "--optimizer=adafactor")
 
 
-def test_without_one_lora_for_all_its_row_is_left_out_with_its_command(project, quick):
+def test_without_one_lora_for_all_its_row_is_left_out_with_its_command(project, uncosted):
     shutil.rmtree(project.runs / "lora-all")
     out = project.run("evaluate", "--split=validation")
     command = f"python train_teacher.py --stage lora-all --config {project.config}"

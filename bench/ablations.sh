@@ -2,13 +2,14 @@
 # Table 4 of the paper: finetuning is trained again without each part, from several seeds.
 # A part is left out of the training, never switched off after it. What is finished is kept, so
 # a run that was cut off goes on where it stopped. Change any of these by the environment, as in
-#   SEEDS=1 CONFIG=configs/sni-base.yaml RUNS=runs/sni-base bash bench/ablations.sh
+#   SEEDS=1 BENCH=sni CONFIG=configs/sni-base.yaml RUNS=runs/sni-base bash bench/ablations.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS=${SEEDS:-3}
 PROCESSES=${PROCESSES:-2}                       # that train together
 CONFIG=${CONFIG:-configs/sample.yaml}
 RUNS=${RUNS:-runs/sample}                       # of seed 0; seed 1's are in $RUNS-seed1, and so on
+BENCH=${BENCH:-sample}
 SPLIT=${SPLIT:-test}
 . tests/environment.sh
 
@@ -22,8 +23,8 @@ ablation() {
     local name=$1
     shift
     run $train train_hyper.py --stage finetune --name "$name" $options "$@"
-    run python evaluate.py --rows tagi --checkpoint "$runs/$name" --out "$runs/evaluate-$name" \
-        --split "$SPLIT" $options
+    run python evaluate.py --bench "$BENCH" --rows tagi --checkpoint "$runs/$name" \
+        --out "$runs/evaluate-$name" --split "$SPLIT" $options
 }
 
 train="torchrun --standalone --nproc-per-node $PROCESSES"
@@ -36,8 +37,8 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     run $train train_teacher.py $options
     run $train train_hyper.py --stage pretrain $options
     run $train train_hyper.py --stage finetune $options
-    run python evaluate.py --checkpoint "$runs/finetune" --out "$runs/evaluate-finetune" \
-        --split "$SPLIT" $options
+    run python evaluate.py --bench "$BENCH" --checkpoint "$runs/finetune" \
+        --out "$runs/evaluate-finetune" --split "$SPLIT" $options
 
     ablation finetune-without-pretraining --no-pretrained
     ablation finetune-without-fusion --fusion none

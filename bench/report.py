@@ -1,6 +1,5 @@
 """Predictions are scored and told here: exact match and ROUGE-L, intervals, tables. No model."""
 import functools
-import glob
 import json
 import os
 
@@ -289,39 +288,42 @@ STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]    # 97.5 %;
 
 def tell_ablations(runs: str, split: str) -> None:
     """Print the table of what bench/ablations.sh left in this folder of runs, and write it."""
-    text = ablation_table(read_ablations(runs, split), split)
+    text = ablation_table(*read_ablations(runs, split), split)
     print(text)
     common.write_text(f"{runs}-ablations.md", text + "\n")
 
 
-def read_ablations(runs: str, split: str) -> dict:
-    """{row: {demos: [exact match of each seed]}} as bench/ablations.sh left it.
+def read_ablations(runs: str, split: str) -> tuple[dict, str]:
+    """({row: {demos: [score of each seed]}}, what scores) as bench/ablations.sh left it.
 
     runs: the folder of seed 0; that of seed 1 is {runs}-seed1, and so on. Raises UserError where
     a result is missing or of another split.
     """
-    seeds = [x for x in glob.glob(f"{glob.escape(runs)}-seed[0-9]*") if os.path.isdir(x)]
-    scores = {}
+    folders, scores = [runs], {}
+    while os.path.isdir(f"{runs}-seed{len(folders)}"):
+        folders.append(f"{runs}-seed{len(folders)}")
     for row, name in ABLATIONS.items():
-        for folder in (runs, *sorted(seeds)):
+        for folder in folders:
             path = f"{folder}/evaluate-{name}/results.json"
             with common.named_file(path, "first run bash bench/ablations.sh"), open(path) as f:
                 results = json.load(f)
+            metric = "rouge_l" if results["bench"] == "sni" else "exact_match"
             if results["split"] != split:
                 raise common.UserError(f"{path} is of {results['split']} tasks, not {split}; run "
-                                       f"SPLIT={split} bash bench/ablations.sh")
+                                       f"SPLIT={split} bash bench/ablations.sh for all "
+                                       f"{len(folders)} seeds, or move {folder} away")
             for r in results["results"]:
                 label = row if r["row"] == ROWS["tagi"] else r["row"]
                 by_demos = scores.setdefault(label, {})
-                by_demos.setdefault(r["demos"], []).append(r["exact_match"])
-    return scores
+                by_demos.setdefault(r["demos"], []).append(r[metric])
+    return scores, metric
 
 
-def ablation_table(scores: dict, split: str) -> str:
+def ablation_table(scores: dict, metric: str, split: str) -> str:
     """Means over seeds, and the differences from the whole method, as Markdown."""
     whole = {demos: np.array(x) for demos, x in scores[WHOLE].items()}
-    lines = [f"{split} tasks, exact match, mean ± standard deviation over {len(whole[0])} seeds; "
-             "in brackets the difference from the whole method, paired by seed, ± its 95 % "
+    lines = [f"{split} tasks, {TITLES[metric]}, mean ± standard deviation over {len(whole[0])} "
+             "seeds; in brackets the difference from the whole method, paired by seed, ± its 95 % "
              "interval", "", "| | " + " | ".join(SETTINGS[demos] for demos in whole) + " |",
              "|---|" + "---|" * len(whole)]
     for row, by_demos in scores.items():

@@ -566,7 +566,7 @@ def test_ablations_print_the_table_of_the_results_that_are_there(project):
         path.parent.mkdir(parents=True)
         rows = [{"row": report.ROWS[key], "demos": demos, "exact_match": score + demos}
                 for key, score in scores.items() for demos in (0, 2)]
-        path.write_text(json.dumps({"split": "test", "results": rows}))
+        path.write_text(json.dumps({"bench": "sample", "split": "test", "results": rows}))
         return path
 
     for seed in range(3):

@@ -418,7 +418,7 @@ def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its
 
     table = report.ablation_table({
         "TAGI, whole method": rows(80, 70, 90), "without pretraining": rows(70, 59, 78), "without L_kl": rows(70, 80, 87),
-        "copy the input": rows(1, 2, 3)}, "test")
+        "copy the input": rows(1, 2, 3)}, "exact_match", "test")
     lines = table.splitlines()
     assert "| TAGI, whole method | 80.0 ± 10.0 | 82.0 ± 10.0 |" in lines
     assert "| without pretraining | 69.0 ± 9.5 (-11.0 ± 2.5) | 71.0 ± 9.5 (-11.0 ± 2.5) |" in lines

@@ -6,13 +6,15 @@
         --only merged reread --out docs/speed.md            # the page's part on T5 v1.1 Base
 
 Models have random weights: --size tiny is the built-in suite's, base T5 v1.1 Base. PEFT and
-rouge_score come from tests/requirements.txt. Two benchmarks read Super-NaturalInstructions: TAGI_DATA
-names a folder that holds it as `sni`. sizes.py beside this file is about the paper's model sizes.
+rouge_score come from tests/requirements.txt. Two benchmarks read Super-NaturalInstructions:
+TAGI_DATA names a folder that holds it as `sni`. sizes.py beside this file is about the paper's
+model sizes.
 """
 import argparse
 import inspect
 import shlex
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -29,10 +31,18 @@ import training
 from pages import part, part_of, processor
 from side_by_side import SHAPES, Section
 
-BENCHMARKS = {f.__name__: f for f in (
-    training.teachers, training.finetune, training.logits, training.padding,
-    decoding.merged, decoding.mixed, decoding.reread, decoding.regenerate,
-    scoring.rouge_l, scoring.ranking)}
+BENCHMARKS = {  # name -> (heading, function)
+    "teachers": ("Training LoRA teachers", training.teachers),
+    "finetune": ("A step of finetuning", training.finetune),
+    "logits": ("Logits in the losses", training.logits),
+    "padding": ("Padding in finetuning's batches", training.padding),
+    "merged": ("Decoding with one task merged", decoding.merged),
+    "mixed": ("Decoding many tasks in one batch", decoding.mixed),
+    "reread": ("Reading the instruction once", decoding.reread),
+    "regenerate": ("Generating adapters once", decoding.regenerate),
+    "rouge_l": ("ROUGE-L", scoring.rouge_l),
+    "ranking": ("Ranking answer choices", scoring.ranking),
+}
 NAMES = {"tiny": "The built-in suite's T5", "base": "T5 v1.1 Base"}
 
 PAGE = """# Speed
@@ -59,17 +69,16 @@ def machine(args) -> str:
 def part_text(args, sections) -> str:
     """One size's part of the page."""
     shape = SHAPES[args.size]
-    words = [word for word in sys.argv[1:] if word != "--out" and word != args.out]
+    words = [word for word in sys.argv[1:] if word not in ("--out", args.out)]
     command = " ".join(["python tests/benchmarks/run.py", *map(shlex.quote, words)])
-    lines = [
-        f"## {NAMES[args.size]}", "",
-        f"Written by `{command}`, up to {args.rounds} rounds, on {machine(args)}; torch",
-        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}.",
-        f"An instruction has {shape.instruction} tokens, one with two demonstrations "
-        f"{shape.with_demos}, an instance {shape.instance},",
-        f"an answer {shape.answer}; LoRA has rank {shape.rank} on the projections "
-        f"{shape.targets}.", ""]
-    return "\n".join(lines) + "\n" + "\n".join(section.markdown() for section in sections)
+    about = textwrap.fill(
+        f"On {machine(args)}; torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"peft {peft.__version__}; {args.rounds} rounds, of slow benchmarks fewer. An instruction "
+        f"has {shape.instruction} tokens, one with two demonstrations {shape.with_demos}, an "
+        f"instance {shape.instance}, an answer {shape.answer}; LoRA has rank {shape.rank} on the "
+        f"projections {shape.targets}.", 95)
+    parts = [f"## {NAMES[args.size]}", f"```bash\n{command}\n```", about + "\n"]
+    return "\n\n".join(parts) + "\n" + "\n".join(section.markdown() for section in sections)
 
 
 def write_page(path: Path, size: str, text: str) -> None:
@@ -84,7 +93,7 @@ def write_page(path: Path, size: str, text: str) -> None:
 
 def main():
     epilog = ["benchmarks:"]
-    for name, benchmark in BENCHMARKS.items():
+    for name, (_, benchmark) in BENCHMARKS.items():
         epilog.append(f"  {name:<11} {inspect.getdoc(benchmark).splitlines()[0]}")
     p = argparse.ArgumentParser(description=__doc__, epilog="\n".join(epilog),
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,8 +109,9 @@ def main():
     warnings.simplefilter("ignore")
     sections = []
     for name in args.only or BENCHMARKS:
-        sections.append(Section(BENCHMARKS[name], args.rounds))
-        BENCHMARKS[name](sections[-1], args)
+        heading, benchmark = BENCHMARKS[name]
+        sections.append(Section(heading, benchmark, args.rounds))
+        benchmark(sections[-1], args)
     text = part_text(args, sections)
     print("\n" + text)
     out = args.out or (None if args.only else ROOT / "docs" / "speed.md")

@@ -16,8 +16,9 @@ from random_t5 import random_t5, train_tokenizer
 def rouge_l(section, args):
     """ROUGE-L is computed by this code, or by Google's rouge_score.
 
-    The same numbers for pairs of an answer and its references: every row of the official test
-    references against the next row's, and two pairs of long texts. On the CPU.
+    Both score pairs of an answer and its references, on the CPU: every row of the official test
+    references against the row before it, and two pairs of long texts. A relative time of 0.05
+    says that ours takes a twentieth of the time.
     """
     path = os.path.join(os.environ.get("TAGI_DATA", ""), "sni", "test_references.jsonl")
     if not os.path.isfile(path):
@@ -57,7 +58,7 @@ WORDS = "yes no maybe never always true false neither".split()
 def ranking(section, args):
     """A row's answer choices share one encoder pass, or have one pass each.
 
-    As T0 is evaluated, every choice's likelihood is computed. "One by one" is a plain T5's loss,
+    P3's tasks are scored by every choice's likelihood. "One by one" takes a plain T5's loss,
     choice after choice; "one batch" repeats each input for its choices; "encoder once a row" is
     what evaluate.py does. Eight rows of 1000 tokens, on a two-layer T5 of its own.
     """
@@ -91,7 +92,7 @@ def ranking(section, args):
     def shared(choices):
         labels, owner = encode_choices(choices)
         encoded = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-        return t5.score_choices(llm, encoded, mask, labels, owner).tolist()
+        return sum(t5.score_choices(llm, encoded, mask, labels, owner), [])
 
     for n in (2, 4, 8):
         choices = [WORDS[:n]] * 8

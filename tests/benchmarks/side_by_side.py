@@ -38,11 +38,10 @@ PIECES = 1965                                           # in the tokenizer of th
 
 
 class Section:
-    """One benchmark's part of the page: heading and text from its docstring, a table, notes."""
+    """One benchmark's part of the page: a heading, its docstring, a table, notes."""
 
-    def __init__(self, benchmark, rounds: int):
-        self.heading, _, self.text = inspect.getdoc(benchmark).partition("\n\n")
-        self.rounds = rounds
+    def __init__(self, heading: str, benchmark, rounds: int):
+        self.heading, self.text, self.rounds = heading, inspect.getdoc(benchmark), rounds
         self.rows = []                                  # dicts, {column's title: text}
         self.notes = []
 
@@ -83,7 +82,7 @@ class Section:
             row[title] = texts[row["way"]]
 
     def markdown(self) -> str:
-        parts = [f"### {self.heading.rstrip('.')}", self.text]
+        parts = [f"### {self.heading}", self.text]
         if self.rows:
             parts.append(table(self.rows))
         return "\n\n".join(parts + self.notes) + "\n"

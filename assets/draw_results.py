@@ -1,0 +1,56 @@
+"""Draw the main result and its controls: exact match of five rows, at both settings, as an SVG.
+
+    python assets/draw_results.py runs/sample/evaluate/results.json assets/results.svg
+"""
+import json
+import sys
+
+ROWS = {                                        # key in results.json -> what the picture calls it
+    "meta": "the T5 reading the instruction with every input",
+    "tagi": "TAGI: the instruction once, as LoRA weights",
+    "meta_lora": "one LoRA for all tasks, reading the instruction",
+    "tagi_shuffled": "TAGI with another task's instruction",
+    "no_instruction": "the frozen T5 without an instruction",
+}
+SETTINGS = {0: ("definition alone", "#2a6fb0"), 2: ("with two demonstrations", "#8fbbe0")}
+LEFT, WIDTH, BAR, GAP, TOP = 370, 390, 13, 14, 46           # pixels
+
+
+def draw(results: list[dict]) -> str:
+    """The SVG of results.json's list of rows."""
+    parts = []
+    for n, (demos, (name, colour)) in enumerate(SETTINGS.items()):
+        x = LEFT + 190 * n
+        parts.append(f'<rect x="{x}" y="14" width="12" height="12" fill="{colour}"/>'
+                     f'<text x="{x + 18}" y="25">{name}</text>')
+    y = TOP
+    for key, name in ROWS.items():
+        parts.append(f'<text x="{LEFT - 10}" y="{y + BAR + 4}" text-anchor="end">{name}</text>')
+        for demos, (_, colour) in SETTINGS.items():
+            row = next(r for r in results if r["key"] == key and r["demos"] == demos)
+            score, (low, high) = row["exact_match"], row["exact_match_interval"]
+            middle, scale = y + BAR / 2, WIDTH / 100
+            parts.append(
+                f'<rect x="{LEFT}" y="{y}" width="{score * scale:.1f}" height="{BAR - 1}" '
+                f'fill="{colour}"/>'
+                f'<path d="M{LEFT + low * scale:.1f} {middle}H{LEFT + high * scale:.1f}" '
+                'stroke="#222" stroke-width="2"/>'
+                f'<text x="{LEFT + high * scale + 8:.1f}" y="{y + BAR - 2}" font-size="12">'
+                f'{score:.1f}</text>')
+            y += BAR
+        y += GAP
+    parts.append(f'<path d="M{LEFT} {TOP - 6}V{y - GAP + 6}" stroke="#888"/>'
+                 f'<text x="{LEFT}" y="{y + 8}" font-size="12">exact match on unseen tasks, with '
+                 '95 % intervals over tasks (black)</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 {y + 20}" '
+            'font-family="Helvetica, Arial, sans-serif" font-size="13">\n'
+            f'<rect width="820" height="{y + 20}" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("error: python assets/draw_results.py RESULTS.json PICTURE.svg")
+    with open(sys.argv[1], encoding="utf-8") as f:
+        picture = draw(json.load(f)["results"])
+    with open(sys.argv[2], "w", encoding="utf-8") as f:
+        f.write(picture)

@@ -1,4 +1,4 @@
-"""Draw the main result and its controls: exact match of five rows, at both settings, as an SVG.
+"""Draw the main result and its controls, exact match of seven rows at both settings, as an SVG.
 
     python assets/draw_results.py runs/sample/evaluate/results.json assets/results.svg
 """
@@ -7,9 +7,11 @@ import sys
 
 ROWS = {                                        # key in results.json -> what the picture calls it
     "meta": "the T5 reading the instruction with every input",
-    "tagi": "TAGI: the instruction once, as LoRA weights",
     "meta_lora": "one LoRA for all tasks, reading the instruction",
+    "tagi": "TAGI: the instruction once, as LoRA weights",
+    "tagi_unseen_wording": "TAGI, instruction in unseen wording",
     "tagi_shuffled": "TAGI with another task's instruction",
+    "tagi_empty": "TAGI with an empty instruction",
     "no_instruction": "the frozen T5 without an instruction",
 }
 SETTINGS = {0: ("definition alone", "#2a6fb0"), 2: ("with two demonstrations", "#8fbbe0")}

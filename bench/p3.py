@@ -320,7 +320,7 @@ def load(root: str, split: str = "test", max_instances: int | None = None,
     if not tasks:
         example = "rte/validation.jsonl" if split == "test" else "imdb/train.jsonl"
         raise UserError(f"{root} has no rows of T0's {split} data sets; put them into "
-                        f"{root}/{example} and the like (README)")
+                        f"{root}/{example} and the like (docs/p3.md)")
     return tasks
 
 

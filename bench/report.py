@@ -207,7 +207,7 @@ def p3_table(results: dict) -> str:
         lines.append(line(["ms a row at batch size 1", "", *cells]))
     if missing:
         lines += ["", f"No rows for {', '.join(missing)}: put their validation rows into the "
-                  "data folder (README)."]
+                  "data folder (docs/p3.md)."]
     if results["published"]:
         lines += ["", "| paper | MTest11 | HyperT5 | time |", "|---|--:|--:|--:|"]
     for r in results["published"]:

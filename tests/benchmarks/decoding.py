@@ -4,6 +4,7 @@ import torch
 
 import hypernet
 import lora
+from pages import paragraph
 from side_by_side import SHAPES, adapt, make_llm, make_tagi, tokens
 
 FUSION = {"no fusion": ["--fusion=none"], "with fusion": []}        # way -> its options
@@ -102,21 +103,23 @@ def reread(section, args):
         decode_adapted(tagi, adapter, *inputs, shape.answer)
         tagi.unmerge()
 
-    pays = []                                           # the first n that does, in words
+    pays = []                                           # from which n on, in words
     for demos, length in (("no", shape.instruction), ("two", shape.with_demos)):
-        instruction, first = tokens(args, 1, length), "none"
+        instruction, first = tokens(args, 1, length), None
         for n in args.instances:
             short, long = tokens(args, n, shape.instance), tokens(args, n, length + shape.instance)
             seconds = section.compare(f"n = {n}, {demos} demonstrations", {
                 "instruction in input": lambda: decode(plain, *long, shape.answer),
                 "adapter, once": lambda: once(instruction, short)}, show=n in (1, 10, 100))
             usual, ours = seconds.values()
-            if first == "none" and ours <= usual:
-                first = str(n)
-        pays.append(f"{first} with {demos} demonstrations")
+            if ours > usual:
+                first = None
+            elif first is None:
+                first = n
+        pays.append(f"{first or 'none'} with {demos} demonstrations")
     tried = ", ".join(map(str, args.instances))
-    section.notes.append(f"The first n, of {tried}, at which the adapter takes no more time: "
-                         f"{', '.join(pays)}.")
+    section.notes.append(paragraph("The n from which on the adapter takes no more time:",
+                                   f"{', '.join(pays)} (tried: {tried})."))
 
 
 def regenerate(section, args):

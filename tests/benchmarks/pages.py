@@ -1,5 +1,8 @@
 """What the scripts here share about the files in docs/ that they write."""
 import platform
+import shlex
+import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +19,17 @@ def processor() -> str:
     flags = found.get("flags", [""])[0].split()
     extras = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     return f"{len(found['processor'])} cores of {names[0]} with {', '.join(extras) or 'no AVX2'}"
+
+
+def command_line() -> str:
+    """The command that this process was started with, as one types it."""
+    script = Path(sys.argv[0]).resolve().relative_to(ROOT)
+    return shlex.join(["python", str(script), *sys.argv[1:]])
+
+
+def paragraph(*sentences: str) -> str:
+    """The sentences, wrapped as lines of a Markdown file."""
+    return textwrap.fill(" ".join(sentences), 95, break_long_words=False, break_on_hyphens=False)
 
 
 def table(rows: list[dict]) -> str:

@@ -48,7 +48,7 @@ def rouge_l(section, args):
         "2 pairs of 2000 words": [(text(words, rng), [text(words, rng)]) for _ in range(2)]}
     for case, pairs in cases.items():
         section.compare(case, {"rouge_score": lambda: theirs(pairs), "ours": lambda: ours(pairs)},
-                        rounds=5, count=False)
+                        rounds=3, count=False)
 
 
 WORDS = "yes no maybe never always true false neither".split()
@@ -101,4 +101,4 @@ def ranking(section, args):
         section.compare(f"{n} choices", {
             "one by one": lambda: one_by_one(choices),
             "one batch": lambda: one_batch(choices),
-            "encoder once a row": lambda: shared(choices)}, rounds=5)
+            "encoder once a row": lambda: shared(choices)}, rounds=3)

@@ -31,7 +31,7 @@ import train_hyper
 from bench.cost import timed
 from decoding import decode_adapted
 from hypernet import TAGI
-from pages import part, part_of, table
+from pages import command_line, part, part_of, table
 from random_t5 import random_t5
 from side_by_side import PeakMemory, adapt, random_teachers, tokens
 from training import all_logits_at_once, random_batch, step
@@ -120,8 +120,8 @@ def memory(size, stage, checkpointing, chunked, device):
         stacked = [w for pair in (teachers or {}).values() for w in pair]
         row = {"size": size, "stage": title(stage, checkpointing, chunked),
                "tasks x instances": f"{options.tasks} x {options.instances}",
-               "billion trained weights": f"{sum(p.numel() for p in trained) / 1e9:.2f}",
-               "GB: LLM": f"{size_of(tagi.llm.parameters()):.1f}",
+               "trained weights": f"{sum(p.numel() for p in trained) / 1e9:.2f} billion",
+               "LLM": f"{size_of(tagi.llm.parameters()):.1f}",
                "LoRA teachers": f"{size_of(stacked):.1f}",
                "trained weights, gradients, moments":
                    f"{2 * size_of(trained) + size_of(moments):.1f}"}
@@ -182,8 +182,8 @@ def main():
             otherwise = {"size": size, "stage": title(*case), "at the peak": "out of memory"}
             rows.append(attempt(lambda: memory(size, *case, args.device), otherwise))
     how = f"measured on {torch.cuda.get_device_name()}" if cuda else "computed, not measured"
-    command = " ".join(["python tests/benchmarks/sizes.py", *sys.argv[1:]])
-    parts = [f"Written by `{command}`: {how}, torch {torch.__version__}.", table(rows)]
+    parts = [f"Written by `{command_line()}`. In GB, {how}, torch {torch.__version__}:",
+             table(rows)]
     if cuda:
         speeds = []
         for size in args.sizes:

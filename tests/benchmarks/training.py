@@ -30,8 +30,9 @@ def teachers(section, args):
     """Sixteen LoRA teachers are trained in one batch, or one after another with PEFT.
 
     Each learns one task of the built-in suite in five steps, tokenizing included; *batch* is its
-    number of instances a step. A batch of all sixteen is padded to the longest text of all tasks:
-    its FLOPs are more, its time is to be less. PEFT's model is made once, outside the clock.
+    number of instances a step. A relative time of 0.2 says that the batch of all sixteen takes a
+    fifth of the time; it is padded to the longest text of all tasks, so its FLOPs are more. PEFT's
+    model is made once, outside the clock.
     """
     n_teachers, steps = 16, 5
     shape, suite = SHAPES[args.size], ROOT / sample.SUITE
@@ -79,7 +80,7 @@ def teachers(section, args):
             options = config.parse(train_teacher.parser(), "lora", argv)
         seconds = section.compare(f"batch {batch}", {
             "PEFT, one after another": lambda: one_after_another(options),
-            "ours, at once": lambda: at_once(options)}, rounds=5)
+            "ours, at once": lambda: at_once(options)}, rounds=3)
         section.add_column("teacher-steps a second", {
             way: f"{n_teachers * steps / x:.0f}" for way, x in seconds.items()})
 
@@ -130,7 +131,8 @@ def logits(section, args):
     """The losses make a vocabulary's logits for 256 positions at a time, or all at once.
 
     L_pred and L_kl of 1024 target positions over T5's 32128 words, forwards and backwards. In
-    chunks, logits are made once more in the backward pass: more FLOPs, for less memory.
+    chunks, logits are made once more in the backward pass: more FLOPs and time, for less memory,
+    which the last column shows.
     """
     M, D, V = 1024, 768, 32128
     heads = [nn.Linear(D, V, bias=False, device=args.device).requires_grad_(False)
@@ -148,7 +150,7 @@ def logits(section, args):
             chunked()
 
     ways = {"all at once": at_once, "in chunks": chunked}
-    section.compare(f"{M} positions", ways, rounds=5)
+    section.compare(f"{M} positions", ways, rounds=3)
     section.add_column("MB at the peak", peaks(ways, args.device))
 
 

@@ -18,7 +18,7 @@ import torch
 import data
 
 SIZES = {  # d_model, d_ff, layers, heads, d_kv, vocabulary
-    "tiny": (64, 128, 2, 4, 16, 593),          # the built-in suite's model
+    "tiny": (64, 128, 2, 4, 16, 593),          # small enough for tests
     "smoke": (64, 128, 2, 4, 16, 8000),
     "base": (768, 2048, 12, 12, 64, 32128),
     "large": (1024, 2816, 24, 16, 64, 32128),

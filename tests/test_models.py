@@ -299,7 +299,7 @@ def test_varied_demonstrations_are_other_instances_of_the_task(tasks):
         assert len(drawn.demonstrations) == 2 and len(drawn.pairs) == 1 and drawn.pairs[0] not in drawn.demonstrations
 
 
-def test_unit_of_names_category_task_or_all(tasks):
+def test_teacher_of_names_category_task_or_all(tasks):
     """What a LoRA teacher is for."""
     assert [data.teacher_of(tasks[1], unit) for unit in ("category", "task", "all")] == ["two", "task1", "all"]
 

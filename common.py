@@ -318,7 +318,9 @@ class Run:
                  ranks_share_a_batch: bool = True):
         self.folder, self.options, self.rank, self.world = folder, options, rank, world
         self.found = {"processes": world} | digests     # beside options; both go to config.yaml
-        self.start = 0
+        self.start, self.before = 0, None               # before: config.yaml of a run to go on with
+        if not options.fresh and os.path.isfile(f"{folder}/config.yaml"):
+            self.before = vars(load_options(folder))
         self.finished = self._is_done()
         if self.finished:
             return
@@ -331,14 +333,8 @@ class Run:
                   f"{options.tasks} tasks x {options.instances} instances x {options.accumulate} "
                   f"micro-batches, seed {options.seed}, {versions()}")
 
-    def _before(self) -> dict | None:
-        """The config.yaml of the run that is to be gone on with."""
-        if self.options.fresh or not os.path.isfile(f"{self.folder}/config.yaml"):
-            return None
-        return vars(load_options(self.folder))
-
     def _is_done(self) -> bool:
-        before = self._before()
+        before = self.before
         if before is None:
             return False
         for key, value in vars(self.options).items():
@@ -354,8 +350,7 @@ class Run:
 
     def _check_processes(self) -> None:
         """Another number of processes would be another batch."""
-        before = self._before() or {}
-        old, new = before.get("processes", self.world), self.world
+        old, new = (self.before or {}).get("processes", self.world), self.world
         if old != new:
             micros, same = old * self.options.accumulate, ""
             if micros % new == 0:
@@ -377,9 +372,8 @@ class Run:
 
         Raises UserError where the run to go on with is of another LLM.
         """
-        before = self._before()
-        if before is not None:
-            check_digests(self.record(), self.folder, before)
+        if self.before is not None:
+            check_digests(self.record(), self.folder, self.before)
             if "llm_fingerprint" in self.found:
                 before = load_options(self.folder, "llm_fingerprint").llm_fingerprint
                 check_fingerprint(self.found["llm_fingerprint"], before, self.folder, llm_path)

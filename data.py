@@ -212,9 +212,8 @@ def tasks_digest(options) -> dict:
 
 def text_digest(path: str) -> dict:
     """{"text_digest": a hash of the file of plain text}; {} where it is not there."""
-    if not os.path.isfile(path):
-        return {}
-    return {"text_digest": common.files_digest([path], os.path.dirname(path))}
+    there = os.path.isfile(path)
+    return {"text_digest": common.files_digest([path], os.path.dirname(path))} if there else {}
 
 
 def names_and_definitions(tasks: list[Task]) -> dict:
@@ -276,9 +275,10 @@ def n_demonstrations(demos: str, seed: int, step: int) -> int:
 
 def chances(tasks: list[Task], balance: str) -> np.ndarray | None:
     """How likely each task is to be drawn, with --balance categories; None: all alike."""
+    if balance == "tasks":
+        return None
     sizes = Counter(task.category for task in tasks)
-    p = np.array([1 / sizes[task.category] for task in tasks]) / len(sizes)
-    return p if balance == "categories" else None
+    return np.array([1 / sizes[task.category] for task in tasks]) / len(sizes)
 
 
 def draw_tasks(tasks: list[Task], rng: np.random.Generator, n_tasks: int, n_instances: int,

@@ -5,8 +5,8 @@
                                         └──► decoder attends over (I_x ; encoder output)  (part 2)
 
 Generation is a pure function of the instruction's states. Its output starts at zero: step 0 is the
-frozen LLM. The LLM's weights are never written; what the student has of its own works in hooks that
-are active within `adapted()`. Outside, the same object is the frozen LLM, the teacher's base.
+frozen LLM, whose decoder reads I_x too where part 2 is on. Its weights are never written; what is
+the student's own works in hooks within `adapted()`. Outside, the same object is the frozen LLM.
 
     K  instructions (tasks)   S  instruction tokens   P  sites (layer, projection)  r  LoRA rank
     N  instances              T  input tokens         L  layers in a group          J  projections

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole method on the built-in suite, from the T5 in assets/ to the table and an answer.
-#   --from-scratch   train that T5 first, as the one in assets/ was (about an hour)
+#   --from-scratch   train that T5 first, as the one in assets/ was (half an hour or more)
 #   --fresh          start over; without it a second run skips what is done
 set -euo pipefail
 cd "$(dirname "$0")"

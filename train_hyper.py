@@ -437,9 +437,8 @@ def main(argv=None):
     rank, world = common.init_processes(options.device)
     sample.ensure_suite(options.data, rank)
     common.wait_for_all_ranks()                 # rank 0 may be writing it
-    digests = data.tasks_digest(options)
-    if options.stage == "pretrain":
-        digests = data.text_digest(options.text)
+    is_text = options.stage == "pretrain"
+    digests = data.text_digest(options.text) if is_text else data.tasks_digest(options)
     folder = os.path.join(options.runs, options.name or options.stage)
     run = common.Run(folder, options, rank, world, digests)
     if not run.finished:

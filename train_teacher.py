@@ -335,7 +335,7 @@ def train_group(run, llm, tokenizer, group, tasks_of):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # Not finished, so that no one takes these for teachers.
+        # What is saved on the way is unfinished, so that no one takes it for teachers.
         log(step + 1, lr, {"loss": total / U})
         last = step + 1 == options.steps
         if not last and (run.stop.asked or (step + 1) % options.save_every == 0):
@@ -435,9 +435,8 @@ def main(argv=None):
         sample.ensure_suite(options.data, rank)
         common.wait_for_all_ranks()             # rank 0 may be writing, or saving the stage before
         # What it reads: base plain text, the others the training tasks.
-        digests = data.tasks_digest(options)
-        if stage == "base":
-            digests = data.text_digest(options.text)
+        is_text = stage == "base"
+        digests = data.text_digest(options.text) if is_text else data.tasks_digest(options)
         folder = os.path.join(options.runs, options.name or stage)
         # LoRA teachers are shared out among ranks; what else there is they train together.
         run = common.Run(folder, options, rank, world, digests,

@@ -133,8 +133,9 @@ def of_rows(loaded, wanted, settings, n: int, repeats: int, way, texts) -> dict:
                 tokens += count_tokens(texts, tagi, instruction, inputs, o.max_input)
         costs[demos] = measure(ways, n, repeats)
         if o.bench != "p3":
-            for row, ratio in formula(tokens).items():
-                costs[demos].get(row, {})["formula"] = ratio
+            ratios = formula(tokens)
+            for row, its in costs[demos].items():
+                its["formula"] = ratios[row]
             for row, other in SAME.items():
                 costs[demos][row] = costs[demos].get(other, {})
     return costs

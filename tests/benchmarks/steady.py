@@ -18,6 +18,9 @@ import torch
 
 from pages import ROOT, command_line, paragraph, processor, table
 
+sys.path.insert(0, str(ROOT))
+from bench import report
+
 PYTHON = sys.executable
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -27,16 +30,9 @@ ARITHMETIC = {  # name -> (environment, processes)
     "no vector instructions": ({"ATEN_CPU_CAPABILITY": "default"}, 2),
     "one process": ({}, 1),
 }
-SETTINGS = (0, 2)           # demonstrations: Def, Def + 2 Pos
-ROWS = {  # evaluate.py's --rows -> what its results call it
-    "tagi": "TAGI, right instruction",
-    "tagi_shuffled": "TAGI, shuffled instruction",
-    "tagi_unseen_wording": "TAGI, unseen wording",
-    "meta": "meta-trained, instruction in input",
-    "meta_unseen_wording": "meta-trained, unseen wording",
-    "meta_lora": "meta-trained with one LoRA",
-}
-TAGI, SHUFFLED, REWORDED, META, _, META_LORA = ROWS.values()
+SETTINGS = tuple(report.SETTINGS)       # demonstrations: Def, Def + 2 Pos
+ROWS = ("tagi", "tagi_shuffled", "tagi_unseen_wording", "meta", "meta_unseen_wording", "meta_lora")
+TAGI, SHUFFLED, REWORDED, META, _, META_LORA = LABELS = [report.ROWS[row] for row in ROWS]
 
 
 def train_and_score(folder: Path, arithmetic: str, seed: int, config: str) -> dict:
@@ -141,7 +137,7 @@ def main():
         """Its scores, from the file that an earlier call left, or trained now."""
         record = record_of(case)
         scores = saved_scores(record) if record.is_file() else {}
-        if not args.report and not set(ROWS.values()) <= scores.keys():
+        if not args.report and not set(LABELS) <= scores.keys():
             record.parent.mkdir(parents=True, exist_ok=True)
             scores = train_and_score(record.parent, *case, args.config)
             record.write_text(json.dumps(scores))

@@ -17,6 +17,7 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn     # its defaults keep a process group that was made before the import
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file

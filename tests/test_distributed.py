@@ -33,11 +33,13 @@ def launched(finished, tmp_path_factory):
     scripts = [["train_teacher", *teachers.argv(stage, *flags)] for stage in ("meta", "lora", "lora-all")]
     scripts.append(["train_hyper", *student.argv("finetune", *FINETUNE)])
     launcher = tmp_path_factory.mktemp("two") / "scripts.py"
-    launcher.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_hyper, train_teacher\n"
+    launcher.write_text(f"import glob, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_hyper, train_teacher\n"
                         "dist = train_teacher.common.dist\ndestroy = dist.destroy_process_group\n"
                         "dist.destroy_process_group = lambda: None\n"          # a second group may hang
                         f"for name, *argv in {scripts!r}:\n    sys.modules[name].main(argv)\n"
-                        "destroy()\n")                                         # without it gloo may abort the exit
+                        "destroy()\n"
+                        "tasks = glob.glob('/proc/self/task/*/comm')\n"
+                        "print('threads left:', *(open(task).read().strip() for task in tasks))\n")
     teachers.said = process(*TORCHRUN, launcher).stdout
     return teachers, student
 
@@ -50,6 +52,13 @@ def teachers(launched):
 @pytest.fixture
 def student(launched):
     return launched[1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_thread_of_gloo_outlives_a_script(teachers):
+    """One that does may let go of a tensor after the interpreter has ended, which aborts the process."""
+    left = [line for line in teachers.said.splitlines() if "threads left:" in line]
+    assert len(left) == 2 and not any("gloo" in line for line in left)
 
 
 def test_meta_on_two_ranks_equals_one_process_with_two_micro_batches(finished, teachers, tmp_path):

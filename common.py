@@ -332,7 +332,8 @@ class Run:
         if rank == 0:
             print(f"{folder}: {options.steps} steps, effective batch {batch} = {ranks}"
                   f"{options.tasks} tasks x {options.instances} instances x {options.accumulate} "
-                  f"micro-batches, seed {options.seed}, {versions()}")
+                  f"micro-batches, seed {options.seed} "
+                  f"({', '.join(f'{name} {version}' for name, version in versions().items())})")
 
     def _is_done(self) -> bool:
         before = self.before

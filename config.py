@@ -69,6 +69,10 @@ def below_1(text):
 positive = at_least(1)
 flag = {"action": argparse.BooleanOptionalAction}                           # --x and --no-x
 
+# Options that every script has, but that a checkpoint decides for whoever uses it.
+OF_A_CHECKPOINT = ("llm", "targets", "rank", "alpha", "unit", "attention", "demos", "vary-demos",
+                   "max-instances", "max-instruction")
+
 
 # ------------------------------------------------------------------------------- options of all
 
@@ -166,7 +170,7 @@ def add_training_options(parser: Parser, stages: list[str], steps: int, text_len
         help="largest gradient norm; 0: no clipping (stage lora has none)")
 
 
-def parse(parser: Parser, section: str, argv=None) -> argparse.Namespace:
+def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
     """Options of one stage: command line, config's section, config's top level, defaults.
 
     The file's values become words of a command line, and so pass the same types and choices.
@@ -200,9 +204,18 @@ def parse(parser: Parser, section: str, argv=None) -> argparse.Namespace:
     return options
 
 
+def refuse(argv, names, reason: str) -> None:
+    """Raises UserError where the command line sets one of these options, which it would ignore."""
+    for word in sys.argv[1:] if argv is None else argv:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option[2:].removeprefix("no-") in names:
+            raise common.UserError(f"{option}: {reason}; leave it out")
+
+
 def read_config(path: str) -> dict:
-    """A config file. Raises UserError where a stage's section is none."""
-    config = common.read_yaml(path, "name an existing config with --config")
+    """A config file, its keys as texts. Raises UserError where a stage's section is none."""
+    config = common.read_yaml(path, "name a file of `key: value` lines with --config")
+    config = {str(key): value for key, value in config.items()}
     for name in SECTIONS:
         if not isinstance(config.get(name) or {}, dict):
             raise common.UserError(f"{path}: {name} is a stage's section; expected `key: value` "
@@ -225,13 +238,14 @@ def words_of(values: dict, allowed: set, where: str) -> list[str]:
     """A file's keys and values as words of a command line."""
     words = []
     for key, value in values.items():
-        name = str(key).replace("_", "-")
+        name = key.replace("_", "-")
         if name not in allowed:
             near = closest(name, allowed | set(SECTIONS))
-            raise common.UserError(f"{where}unknown key '{key}'" + near)
+            raise common.UserError(f"{where}unknown key '{key}'" + near + "; an option of one "
+                                   "script stands in its stage's section")
         if isinstance(value, list):
             value = ",".join(map(str, value))
-        if isinstance(value, bool):
+        if isinstance(value, bool) and f"no-{name}" in allowed:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
             words.append(f"--{name}={value}")

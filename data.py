@@ -90,7 +90,7 @@ def listed_tasks(root: str, split: str) -> list[str]:
     """The names of a split's tasks, whether their files are there or not."""
     path = split_file(root, split)
     remedy = (f"--data names a folder in Super-NaturalInstructions' layout: {GET_SNI} "
-              "(or python -m bench.sample writes the built-in suite)")
+              "(or python -m bench.sample writes the built-in suite), --split one of its splits")
     with named_file(path, remedy), open(path, encoding="utf-8") as f:
         names = f.read().split()
     if not names:

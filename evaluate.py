@@ -186,6 +186,9 @@ class Loaded:
 
 def checkpoint_of(options) -> str:
     folder = options.checkpoint or os.path.join(options.runs, "finetune")
+    if options.checkpoint and not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; --checkpoint names one that train_hyper.py "
+                        "--stage finetune wrote")
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such checkpoint; first run python train_hyper.py "
                         f"--stage finetune{t5.config_flag(options)}")
@@ -430,6 +433,10 @@ def main(argv=None):
         raise UserError("evaluation is one process; start it with python evaluate.py")
     if options.input and options.instruction is None:
         raise UserError("--input needs an --instruction to answer it by")
+    if options.references and not options.rescore:
+        raise UserError("--references belongs to --rescore FILE; name the predictions too")
+    if not options.rescore and not options.ablations:
+        config.refuse(argv, config.OF_A_CHECKPOINT, "an evaluation takes it from the checkpoint")
     if options.instruction is not None:
         return answer_inputs(options)
     if options.ablations:

@@ -190,7 +190,11 @@ def finished_stage(stage: str, options, digests=None) -> str:
 
 def config_flag(options) -> str:
     """What a command that an error line tells the user to run needs beside its stage."""
-    return "" if options.config == "configs/sample.yaml" else f" --config {options.config}"
+    words = "" if options.config == "configs/sample.yaml" else f" --config {options.config}"
+    config = common.read_yaml(options.config, "name an existing config with --config")
+    if options.runs != config.get("runs", options.runs):
+        words += f" --runs {options.runs}"
+    return words
 
 
 def llm_of(folder: str, options) -> str:

@@ -129,7 +129,6 @@ def pretrain_batches(options, tagi, n_micro):
         return {"instruction": data.pad(a, tokenizer.pad_token_id, device),
                 "input": data.pad(b, tokenizer.pad_token_id, device),
                 **located(data.pad(c, data.IGNORE)[0], device), "index": None}
-
     return get_batch
 
 
@@ -176,7 +175,6 @@ def finetune_batches(options, tagi, n_micro, tasks):
             batch["prompt"] = data.tokenize_instructed(tokenizer, prompts, options.max_input,
                                                        device, verbatim)
         return batch
-
     return get_batch, teachers
 
 
@@ -236,8 +234,7 @@ def load_kl_teacher(options, run, llm_path, tagi):
 def run_teacher(tagi, teacher_llm, teachers, options, batch):
     """(what the teacher's head reads at the M target positions, (M, D); the head)."""
     ids, mask = batch["prompt"]
-    # The frozen LLM without any of the student's parts.
-    with tagi.adapted(None) as llm:
+    with tagi.adapted(None) as llm:             # without any of the student's parts
         # Eq. 5: with LoRA teachers' weights, row k for the k-th block as the student's.
         if options.kl_teacher == "lora":
             its = batch["teacher"]
@@ -292,12 +289,15 @@ def kl_loss(student, teacher, temperature=1.0, standardize=False):
     The teacher gets no gradient.
     """
     student, teacher = student.float(), teacher.float().detach()
-    if standardize:                             # z-scores
-        student, teacher = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
-                            for x in (student, teacher))
+    if standardize:
+        student, teacher = z_scores(student), z_scores(teacher)
     log_s = F.log_softmax(student / temperature, -1)
     log_t = F.log_softmax(teacher / temperature, -1)
     return F.kl_div(log_s, log_t, reduction="sum", log_target=True) * temperature ** 2
+
+
+def z_scores(logits):
+    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-6)
 
 
 def instruction_loss(generated, teacher, kind, lambda_ins):
@@ -396,6 +396,9 @@ def train(options, run):
     if run.rank == 0 and tasks is not None:
         data.write_training_tasks(run.folder, tasks)
 
+    def save(step, finished):
+        common.save_checkpoint(run.folder, run.record(), parameters, optimizer, step, finished)
+
     for step in range(start, options.steps):
         lr = config.learning_rate(options, step)
         for group in optimizer.param_groups:
@@ -408,8 +411,8 @@ def train(options, run):
         # Means are over all label tokens, and all tasks, of the step's micro-batches and ranks.
         n_tokens = sum(len(batch["positions"]) for batch in batches)
         n_tasks = sum(len(batch["instruction"][0]) for batch in batches)
-        n_tokens, n_tasks, stopping = common.sum_over_ranks(
-            [n_tokens, n_tasks, run.stop.asked], options.device)
+        counts = [n_tokens, n_tasks, run.stop.asked]
+        n_tokens, n_tasks, stopping = common.sum_over_ranks(counts, options.device)
         totals = {}
         for batch in batches:
             terms = losses(tagi, batch, teachers, teacher_llm, options, n_tokens, n_tasks)
@@ -425,9 +428,7 @@ def train(options, run):
         optimizer.zero_grad(set_to_none=True)
 
         # Log, save when due, leave after a Ctrl-C.
-        run.after_step(step + 1, lr, totals, stopping, lambda step, finished:
-                       common.save_checkpoint(run.folder, run.record(), parameters, optimizer,
-                                              step, finished))
+        run.after_step(step + 1, lr, totals, stopping, save)
     run.end()
 
 
@@ -438,9 +439,9 @@ def main(argv=None):
     sample.ensure_suite(options.data, rank)
     common.wait_for_all_ranks()                 # rank 0 may be writing it
     is_text = options.stage == "pretrain"
-    digests = data.text_digest(options.text) if is_text else data.tasks_digest(options)
+    read = data.text_digest(options.text) if is_text else data.tasks_digest(options)
     folder = os.path.join(options.runs, options.name or options.stage)
-    run = common.Run(folder, options, rank, world, digests)
+    run = common.Run(folder, options, rank, world, read)
     if not run.finished:
         train(options, run)
 

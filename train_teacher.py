@@ -53,8 +53,7 @@ def parser():
 
 def stages_of(argv) -> list[str]:
     """The stage asked for, or those that the config has a section for, in order."""
-    # Which section is parsed does not matter: these options stand above them all.
-    options = config.parse(parser(), "base", argv)
+    options = config.parse(parser(), None, argv)        # of no section: these stand above them
     if options.stage:
         return [options.stage]
     sections = config.read_config(options.config)
@@ -66,6 +65,8 @@ def stages_of(argv) -> list[str]:
         stages = [stage for stage in stages if stage != "meta"]
     if not stages:
         raise UserError(f"{options.config} has no section for a stage; name one with --stage")
+    if options.name and len(stages) > 1:
+        raise UserError(f"--name is one folder, not {len(stages)}; name a stage with --stage")
     return stages
 
 
@@ -407,7 +408,7 @@ def curriculum_draws(tasks, options):
         if step >= DEMOS_AFTER * options.steps:
             demos = data.n_demonstrations(options.demos, options.seed, step)
         is_easy = step < EASY_FIRST * options.steps
-        drawn = data.draw_tasks((easy or tasks) if is_easy else tasks, rng, options.tasks,
+        drawn = data.draw_tasks(easy if is_easy and easy else tasks, rng, options.tasks,
                                 options.instances, demos, options.vary_demos)
         for n, draw in enumerate(drawn):
             if not is_easy and rng.random() < UNINSTRUCTED:

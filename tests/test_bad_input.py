@@ -592,3 +592,31 @@ def test_a_failed_evaluation_keeps_the_predictions_of_the_last_one(project, monk
     project.run("evaluate", "--split=validation")
     shutil.rmtree(project.runs / "lora")
     assert "--stage lora" in project.refuses("evaluate", "--split=validation")
+
+
+@pytest.mark.parametrize("stage, flags, said", [
+    ("evaluate", ["--rank=4"], ["--rank", "checkpoint", "leave it out"]),
+    ("evaluate", ["--no-vary-demos"], ["--no-vary-demos", "checkpoint"]),
+    ("evaluate", ["--targets", "q"], ["--targets", "checkpoint"]),
+    ("evaluate", ["--references=x.jsonl"], ["--references", "--rescore"]),
+    ("evaluate", ["--checkpoint=nowhere"], ["nowhere", "no such folder", "--checkpoint"]),
+    ("evaluate", ["--split=tset"], ["tset_tasks.txt", "--split"])])
+def test_an_option_without_effect_or_with_a_wrong_name_is_told_so(project, stage, flags, said):
+    line = project.refuses(stage, *flags)
+    assert all(word in line for word in said), line
+
+
+def test_one_name_for_several_stages_is_refused(project):
+    # With --fresh the second would remove what the first one trained.
+    assert "--stage" in project.refuses(None, "--name=x", "--fresh")
+
+
+def test_a_key_of_one_stage_at_the_top_of_a_config_is_told_where_it_belongs(project, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("lr: 0.1\n")
+    line = project.refuses("meta", "--config", path)
+    assert "lr" in line and "section" in line
+
+
+def test_a_command_in_an_error_line_names_the_runs_that_it_is_about(project, tmp_path):
+    assert f"--runs {tmp_path}/empty" in project.refuses("lora", "--fresh", "--runs", tmp_path / "empty")

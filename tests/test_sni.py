@@ -106,7 +106,8 @@ def test_training_rows_come_from_the_whole_file_the_same_ones_whoever_asks(suite
 
 
 def test_teachers_answer_instances_they_were_not_trained_on_whatever_is_asked_for(project):
-    project.run("evaluate", "--rows=teachers", "--max-instances=1")
+    assert "--max-instances" in project.refuses("evaluate", "--rows=teachers", "--max-instances=1")
+    project.run("evaluate", "--rows=teachers")
     used = project.record("lora")["max_instances"]
     trained = {x.id for t in data.load_sni(str(project.data), "train", used) for x in t.instances}
     answered = {p["id"] for p in predictions(project.runs / "evaluate")}

@@ -118,6 +118,11 @@ def write_yaml(path: str, values: dict) -> None:
     _atomically(path, lambda path: write_text(path, yaml.safe_dump(values, sort_keys=False)))
 
 
+def save_tensors(path: str, tensors: dict, metadata: dict | None = None) -> None:
+    tensors = {name: p.detach().contiguous().cpu() for name, p in tensors.items()}
+    _atomically(path, lambda path: save_file(tensors, path, metadata))
+
+
 def _atomically(path: str, write) -> None:
     write(path + ".tmp")
     umask = os.umask(0)
@@ -224,9 +229,8 @@ def save_checkpoint(folder: str, record: dict, weights: dict, optimizer=None, st
     record: options and what the run found out; weights: what was trained, {name: tensor}.
     """
     make_folder(folder)
-    tensors = {name: p.detach().contiguous().cpu() for name, p in weights.items()}
     metadata = {"format": "pt", "step": str(step), "targets": record["targets"]}
-    _atomically(f"{folder}/model.safetensors", lambda path: save_file(tensors, path, metadata))
+    save_tensors(f"{folder}/model.safetensors", weights, metadata)
     if optimizer is not None:
         state = {"optimizer": optimizer.state_dict(), "step": step}
         _atomically(f"{folder}/optimizer.pt", lambda path: torch.save(state, path))

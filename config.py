@@ -195,13 +195,17 @@ def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
         parser.parse_args(words_of(values, allowed, where), options)
     parser.where = ""
     parser.parse_args(argv, options)
+    choose_device(options)
+    if "text" in options and options.text is None:
+        options.text = os.path.join(options.data, "corpus.txt")
+    return options
+
+
+def choose_device(options) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise common.UserError("--device cuda: PyTorch finds no GPU here; use --device cpu or auto")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "text" in options and options.text is None:
-        options.text = os.path.join(options.data, "corpus.txt")
-    return options
 
 
 def refuse(argv, names, reason: str) -> None:

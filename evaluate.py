@@ -6,7 +6,6 @@ Launch:
     python evaluate.py --bench sni --data DIR --rows copy_input,copy_demo
     python evaluate.py --bench p3 --checkpoint DIR          # T0's held-out tasks
     python evaluate.py --rescore predictions.jsonl --references test_references.jsonl
-    python evaluate.py --instruction "Find the city." --input "Anna went to Paris on Monday."
     python evaluate.py --ablations                          # of what bench/ablations.sh trained
 
 Here is who answers each row of the table, and what it reads: TAGI the input alone, its adapter
@@ -35,7 +34,6 @@ from bench.rouge import rouge_l     # noqa: F401  for those who import it from h
 from common import UserError
 from hypernet import TAGI
 
-OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tagi-tiny")
 TASKS_AT_ONCE = 16                              # whose adapters are held at a time
 COST_INSTANCES = 100                            # of a task whose cost is measured
 COST_REPEATS = 3                                # timed runs of each row and task
@@ -51,7 +49,7 @@ def parser():
              "its official script does; p3: the likeliest answer choice is the answer")
     add("--checkpoint",
         help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs "
-             "and the like; default: finetune under --runs, or assets/tagi-tiny for --instruction")
+             "and the like; default: finetune under --runs")
     add("--split", default="test", help="test tasks, or validation to choose settings on")
     add("--eval-instances", type=config.positive,
         help="answer the first N instances of each task; default: 100, for p3 all")
@@ -66,10 +64,6 @@ def parser():
     add("--references",
         help="for a --rescore file without references: JSON lines with id and references (the "
              "official test_references.jsonl)")
-    add = p.add_argument_group("your own instruction").add_argument
-    add("--instruction", help="what to do with each --input, in words; prints the answers alone")
-    add("--input", action="append", default=[],
-        help="a text to answer by --instruction; may be given several times")
     add = p.add_argument_group("ablations").add_argument
     add("--ablations", default=False, **config.flag,
         help="print the table of the runs that bench/ablations.sh left under --runs")
@@ -410,35 +404,15 @@ def run(options) -> dict:
             "results": results, "published": published, "versions": common.versions()}
 
 
-def answer_inputs(options) -> None:
-    """Print an answer to each --input by --instruction: what a user does with a trained model."""
-    default = ("configs/sample.yaml", "runs/sample")
-    named = options.checkpoint or (options.config, options.runs) != default
-    checkpoint = checkpoint_of(options) if named else OWN
-    if not options.instruction.strip() or not options.input:
-        raise UserError("--instruction needs some text, and at least one --input")
-    tagi = TAGI.load(checkpoint, options.device, options.precision)
-    unknown = t5.unknown_words(tagi.tokenizer, [options.instruction, *options.input])
-    if unknown:
-        print(f"warning: words the model does not know: {', '.join(unknown)}", file=sys.stderr)
-    adapter = tagi.adapt([options.instruction])
-    for text in tagi.generate(options.input, adapter, max_new_tokens=options.max_output):
-        print(text)
-
-
 @common.command
 def main(argv=None):
     options = config.parse(parser(), "evaluate", argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("evaluation is one process; start it with python evaluate.py")
-    if options.input and options.instruction is None:
-        raise UserError("--input needs an --instruction to answer it by")
     if options.references and not options.rescore:
         raise UserError("--references belongs to --rescore FILE; name the predictions too")
     if not options.rescore and not options.ablations:
         config.refuse(argv, config.OF_A_CHECKPOINT, "an evaluation takes it from the checkpoint")
-    if options.instruction is not None:
-        return answer_inputs(options)
     if options.ablations:
         return report.tell_ablations(options.runs, options.split)
     if options.rescore:

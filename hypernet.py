@@ -14,7 +14,7 @@ the student's own works in hooks within `adapted()`. Outside, the same object is
     D  d_model                H  attention heads      M  target positions that count, or choices
 """
 import contextlib
-from dataclasses import dataclass
+import threading
 
 import torch
 import torch.nn as nn
@@ -26,25 +26,7 @@ import data
 import lora
 import t5
 from common import UserError
-
-
-@dataclass
-class Adapter:
-    """What K instructions become: made once, used for every instance and every decoding step."""
-    weights: lora.Weights | None        # site -> (K, r, D_in), (K, D_out, r); None: no hypernetwork
-    states: torch.Tensor                # (K, S, D) I_x, the encoded instruction
-    mask: torch.Tensor                  # (K, S) bool, False on padding
-    fusion: list                        # per encoder block keys and values, (K, H, S, d_kv) both
-
-    def __len__(self):
-        return len(self.mask)
-
-    def select(self, index) -> "Adapter":
-        """Rows for a mixed batch: row index[n] for instance n; a list or tensor of N integers."""
-        index = torch.as_tensor(index, device=self.mask.device)
-        weights = None if self.weights is None else lora.select(self.weights, index)
-        fusion = [(keys[index], values[index]) for keys, values in self.fusion]
-        return Adapter(weights, self.states[index], self.mask[index], fusion)
+from lora import Adapter
 
 
 class Generator(nn.Module):
@@ -205,7 +187,6 @@ class TAGI(nn.Module):
             self.generator = Generator(sites, D, options.rank, options.generator, options.width,
                                        options.bottleneck)
             self.generator.initialize_weights(lora.init_weights(llm, options.rank, options.seed))
-
         # Eq. 1, part 1; part 2 has no weights
         layers = t5.self_attentions(llm) if options.fusion in ("both", "encoder") else []
         self.fusion = nn.ModuleList()
@@ -232,6 +213,8 @@ class TAGI(nn.Module):
         llm.requires_grad_(False).eval()
         self.to(next(llm.parameters()).device)
         self.active: Adapter | None = None      # within `adapted`
+        self.lock = threading.RLock()           # whoever is within
+        self.llm_path = None                    # where `load` found the LLM
         self.merged: Adapter | None = None      # between `merge` and `unmerge`
 
     # ------------------------------------------- hooks: they do nothing unless an adapter is active
@@ -239,7 +222,10 @@ class TAGI(nn.Module):
     def _fuse(self, l, output):
         if self.active is None:
             return output
-        return self.fusion[l](output[0], *self.active.fusion[l], self.active.mask), *output[1:]
+        keys, values = self.active.fusion[l]
+        if self.active.scale != 1:
+            values = values * self.active.scale
+        return self.fusion[l](output[0], keys, values, self.active.mask), *output[1:]
 
     def _gain(self, key, output):
         return output if self.active is None else output * self.norm_gains[key].to(output.dtype)
@@ -253,14 +239,17 @@ class TAGI(nn.Module):
     @contextlib.contextmanager
     def _running(self, adapter, weights):
         """Within: hooks read `adapter`, layers have these LoRA weights; afterwards as before."""
+        if not self.lock.acquire(blocking=False):
+            raise RuntimeError("another thread is using this model; load one for each, or wait")
         before, weights_before = self.active, lora.weights_of(self.llm)
-        self.active = adapter
-        lora.set_weights(self.llm, weights)
         try:
+            lora.set_weights(self.llm, weights)
+            self.active = adapter
             yield
         finally:
             self.active = before
             lora.set_weights(self.llm, weights_before)
+            self.lock.release()
 
     @contextlib.contextmanager
     def adapted(self, adapter: Adapter | None):
@@ -269,7 +258,8 @@ class TAGI(nn.Module):
             raise ValueError("another adapter is merged into the model; call unmerge first")
         weights = None
         if adapter is not None and adapter.weights is not None and self.merged is None:
-            weights = lora.select(adapter.weights, 0) if len(adapter) == 1 else adapter.weights
+            weights = adapter.scaled_weights()
+            weights = lora.select(weights, 0) if len(adapter) == 1 else weights
             if not torch.is_grad_enabled():     # once, not at every layer and decoding step
                 weights = lora.cast(weights, self.llm.dtype)
         with self._running(adapter, weights), self.autocast():
@@ -286,7 +276,7 @@ class TAGI(nn.Module):
         if len(adapter) != 1:
             raise ValueError(f"only one task can be merged, not {len(adapter)}; select one first")
         if adapter.weights is not None:
-            lora.merge(self.llm, lora.select(adapter.weights, 0))
+            lora.merge(self.llm, lora.select(adapter.scaled_weights(), 0))
         self.merged = adapter
 
     def unmerge(self) -> None:
@@ -354,26 +344,33 @@ class TAGI(nn.Module):
     # -------------------------------------------------------------------------------- for users
 
     @torch.no_grad()
-    def adapt(self, instructions: list[str], demonstrations=None) -> Adapter:
+    def adapt(self, instructions: list[str], demonstrations=None, scale: float = 1.0) -> Adapter:
         """One adapter for each of K instructions, with a list of (input, output) where given.
 
         Over the limit of max_instruction tokens an instruction loses demonstrations first and is
-        then cut, with a warning.
+        then cut, with a warning. Raises UserError for one text, and in a saved adapter's model.
         """
+        if isinstance(instructions, str):
+            raise UserError("adapt takes a list of instructions, not one text")
+        if getattr(self.options, "adapter", False):
+            raise UserError("a saved adapter has no hypernetwork; load the checkpoint it is from")
         demonstrations = demonstrations or [[]] * len(instructions)
         items = list(zip(instructions, demonstrations, strict=True))
         ids, mask = data.tokenize_instructed(self.tokenizer, items, self.options.max_instruction,
                                              self.device, self.verbatim)            # (K, S)
-        first, last = self.encode_instruction(ids, mask)
-        return self.generate_adapter(first, last, mask)
+        adapter = self.generate_adapter(*self.encode_instruction(ids, mask), mask)
+        adapter.scale, adapter.model = scale, self
+        adapter.tasks = [{"instruction": text, "demonstrations": [list(pair) for pair in pairs]}
+                         for text, pairs in items]
+        return adapter
 
     @torch.no_grad()
     def generate(self, inputs: list[str], adapters: Adapter | None, batch_size: int = 128,
                  num_beams: int = 1, max_new_tokens: int = 128, **options) -> list[str]:
         """Answers to the inputs. adapters: one row for all, or row n for input n; None: no adapter.
 
-        options go to Transformers' `generate`. Raises UserError for an empty input, ValueError
-        where the rows are neither one nor as many as the inputs.
+        options go to Transformers' `generate`. Raises UserError for an empty input or another
+        model's adapter, ValueError where the rows are neither one nor as many as the inputs.
         """
         outputs = []
         for _, ids, mask, adapter in self._batches(inputs, adapters, batch_size):
@@ -404,6 +401,10 @@ class TAGI(nn.Module):
 
     def _batches(self, inputs, adapters, batch_size):
         # (slice of the inputs, ids, mask, the adapter's rows) for one batch after another
+        if adapters is not None:
+            adapters.check(self)
+        if isinstance(inputs, str):
+            raise UserError("a list of inputs is needed, not one text")
         if adapters is not None and len(adapters) not in (1, len(inputs)):
             raise ValueError(f"{len(adapters)} adapters for {len(inputs)} inputs; use "
                              "adapters.select([...])")
@@ -426,6 +427,10 @@ class TAGI(nn.Module):
         """Everything except the LLM, by name: what is trained and what a checkpoint holds."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("llm.")}
 
+    def shared(self) -> dict[str, nn.Parameter]:
+        """What is trained and the same for all adapters: fusion's weights, gains, embeddings."""
+        return {name: p for name, p in self.trainable().items() if not name.startswith("generator.")}
+
     @classmethod
     def load(cls, folder: str, device: str = "cpu", precision: str = "fp32") -> "TAGI":
         """A trained model from a checkpoint folder, with the frozen LLM that config.yaml names.
@@ -437,6 +442,7 @@ class TAGI(nn.Module):
         llm, tokenizer = t5.load_llm(path, device, precision, options.attention)
         common.check_fingerprint(t5.fingerprint(llm), options.llm_fingerprint, folder, path)
         tagi = cls(llm, tokenizer, options)
+        tagi.llm_path = path
         trained = common.load_weights(tagi.trainable(), folder)
         its = trained.get("targets", options.targets)       # q,v and q,k may be of the same shapes
         if its != options.targets:

@@ -1,17 +1,20 @@
-"""LoRA written by hand: injection, shared or per-example weights, merging, teachers' files.
+"""LoRA written by hand: injection, shared or per-example weights, merging; teachers, adapters.
 
 LoRA (Hu et al. 2021) adds a low-rank update to a frozen linear map: W x + scaling · B A x. Here the
 wrapper holds no weights of its own. They are set from outside, so that one frozen model serves
 every teacher and the student: a teacher's weights are parameters, a student's are the output of the
 hypernetwork, and both run through one expression.
-
 """
+import math
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file
 
 import common
+import t5
 from common import UserError
 
 # Letters of the shapes in comments:
@@ -251,3 +254,196 @@ def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: di
         common.check_digests(expected, path, vars(common.load_options(path)))
         common.load_weights(flatten(select(stacked, n)), path)
     return stacked
+
+
+# --------------------------------------------------- adapters: what instructions become, and files
+
+@dataclass(repr=False, eq=False)
+class Adapter:
+    """What K instructions become: made once, used for every instance and every decoding step.
+    `adapters[k]` and slices are adapters too."""
+    weights: Weights | None     # site -> (K, r, D_in), (K, D_out, r); None: no hypernetwork
+    states: torch.Tensor        # (K, S, D) I_x, the encoded instruction
+    mask: torch.Tensor          # (K, S) bool, False on padding
+    fusion: list                # per encoder block keys and values, (K, H, S, d_kv) both
+    scale: float = 1.0          # of the LoRA update and the encoder's cross-attention
+    tasks: list | None = None   # of each row: {"instruction": .., "demonstrations": [..]}
+    model: object = None        # the TAGI whose adapter it is
+    record: dict | None = None  # of a file: config.yaml
+
+    def __len__(self):
+        return len(self.mask)
+
+    def __getitem__(self, index) -> "Adapter":
+        if isinstance(index, slice):
+            return self.select(range(len(self))[index])
+        return self.select([range(len(self))[index]])           # raises IndexError
+
+    def __repr__(self):
+        rank = next(iter(self.weights.values()))[0].shape[1] if self.weights else 0
+        return f"Adapter({len(self)} tasks, rank {rank}, scale {self.scale:g})"
+
+    def select(self, index) -> "Adapter":
+        """Rows for a mixed batch: row index[n] for instance n; a list or tensor of N integers."""
+        index = torch.as_tensor(index, device=self.mask.device)
+        weights = None if self.weights is None else select(self.weights, index)
+        fusion = [(keys[index], values[index]) for keys, values in self.fusion]
+        tasks = None if self.tasks is None else [self.tasks[k] for k in index.tolist()]
+        return Adapter(weights, self.states[index], self.mask[index], fusion, self.scale, tasks,
+                       self.model, self.record)
+
+    def scaled_weights(self) -> Weights | None:
+        """The LoRA weights, `scale` in B."""
+        if self.weights is None or self.scale == 1:
+            return self.weights
+        return {name: (A, B * self.scale) for name, (A, B) in self.weights.items()}
+
+    @staticmethod
+    def combine(adapters: list["Adapter"], weights: list[float] | None = None) -> "Adapter":
+        """The weighted sum of adapters of one task each, as one adapter; weights: 1/n by default.
+
+        Exact for LoRA, whose factors are concatenated along the rank. The instructions' states
+        stand one after the other and fusion attends to all of them; in the encoder each one's
+        values are multiplied by n times its weight, so that an adapter with itself is itself.
+        Raises UserError where counts differ, all weights are 0, or models do.
+        """
+        weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+        if len(weights) != len(adapters) or any(len(adapter) != 1 for adapter in adapters):
+            raise UserError(f"{len(weights)} weights for {len(adapters)} adapters; give each one "
+                            "weight, and combine adapters of one task")
+        pairs = [(adapter, w) for adapter, w in zip(adapters, weights) if w != 0]
+        if not pairs or not all(math.isfinite(w) for w in weights):
+            raise UserError(f"weights {weights} leave nothing to combine; give finite numbers, not "
+                            "all of them 0")
+        first, n = pairs[0][0], len(pairs)
+        if any(adapter.model is not first.model for adapter, _ in pairs):
+            raise UserError("adapters of several models cannot be combined; use one model's")
+        combined = None
+        if first.weights is not None:
+            combined = {}
+            for site in first.weights:
+                A = [adapter.weights[site][0] for adapter, _ in pairs]
+                B = [adapter.weights[site][1] * (w * adapter.scale) for adapter, w in pairs]
+                combined[site] = torch.cat(A, 1), torch.cat(B, 2)       # (1, n·r, D_in), ..
+        fusion = []
+        for l in range(len(first.fusion)):
+            keys = [adapter.fusion[l][0] for adapter, _ in pairs]
+            values = [adapter.fusion[l][1] * (n * w * adapter.scale) for adapter, w in pairs]
+            fusion.append((torch.cat(keys, 2), torch.cat(values, 2)))           # (1, H, ΣS, d_kv)
+        tasks = None
+        if first.tasks is not None:
+            tasks = [{"combined": [{"weight": w * a.scale} | a.tasks[0] for a, w in pairs]}]
+        return Adapter(combined, torch.cat([adapter.states for adapter, _ in pairs], 1),
+                       torch.cat([adapter.mask for adapter, _ in pairs], 1), fusion, 1.0, tasks,
+                       first.model, first.record)
+
+    # ------------------------------------------------------------------------------------- files
+
+    def check(self, model) -> None:
+        """Make it `model`'s own. Raises UserError where another model made it."""
+        if self.model is model or (self.model is None and self.record is None):
+            return                                      # its own, or one that a training step made
+        theirs, ours = self.record or record_of(self.model), record_of(model)
+        for key in ("llm_fingerprint", "targets", "rank", "alpha", "format", "fusion",
+                    "shared_digest"):
+            if theirs.get(key) != ours.get(key):
+                raise UserError(f"this adapter is for a model with {key} {theirs.get(key)}, not "
+                                f"{ours.get(key)}; use the one that made it, or that it holds")
+        self.model, device = model, model.device
+        self.states, self.mask = self.states.to(device), self.mask.to(device)
+        self.fusion = [(keys.to(device), values.to(device)) for keys, values in self.fusion]
+        if self.weights is not None:
+            self.weights = {name: (A.to(device), B.to(device))
+                            for name, (A, B) in self.weights.items()}
+
+    def save(self, folder: str) -> None:
+        """Write all that answers need beside the frozen LLM; for `load`, and for TAGI.load.
+
+        The folder is a checkpoint without a hypernetwork, and adapter.safetensors. Raises UserError
+        where it is there already or cannot be written, and then leaves nothing.
+        """
+        model = self._its_model("saved")
+        tensors = {"states": self.states, "mask": self.mask} | flatten(self.weights or {})
+        for l, (keys, values) in enumerate(self.fusion):
+            tensors |= {f"fusion.{l}.keys": keys, f"fusion.{l}.values": values}
+        record = record_of(model) | {"scale": self.scale, "adapted_to": self.tasks}
+        if record["llm_is_relative"]:                   # so that both can be moved together
+            record["llm_path"] = os.path.relpath(model.llm_path, folder)
+        with t5.new_folder(folder) as unfinished:
+            common.save_checkpoint(unfinished, record, model.shared(), finished=True)
+            common.save_tensors(f"{unfinished}/adapter.safetensors", tensors)
+
+    @classmethod
+    def load(cls, folder: str) -> "Adapter":
+        """What `save` wrote; a model that uses it first checks it, and takes it to its device."""
+        record = vars(common.load_options(folder, needs="shared_digest"))
+        with common.named_file(f"{folder}/adapter.safetensors", "save the adapter again"):
+            tensors = load_file(f"{folder}/adapter.safetensors")
+            states, mask, fusion, weights = tensors.pop("states"), tensors.pop("mask"), [], {}
+            while f"fusion.{len(fusion)}.keys" in tensors:
+                name = f"fusion.{len(fusion)}"
+                fusion.append((tensors.pop(f"{name}.keys"), tensors.pop(f"{name}.values")))
+            for name in [name for name in tensors if name.endswith(".lora_A")]:
+                site = name.removesuffix(".lora_A")
+                weights[site] = tensors[name], tensors[f"{site}.lora_B"]
+        return cls(weights or None, states, mask, fusion, record["scale"], record["adapted_to"],
+                   record=record)
+
+    def _its_model(self, what: str):
+        if self.model is None or self.model.llm_path is None:
+            raise UserError(f"it cannot be {what}: it is of no model that TAGI.load loaded")
+        return self.model
+
+    def lost(self) -> list[str]:
+        """What of the adapter and its model is no LoRA, which a plain T5 would go without."""
+        has = {"fusion": self.model.options.fusion != "none",
+               "embeddings": self.model.embedding_delta is not None}
+        return [name for name, there in has.items() if there]
+
+    def _check_lost(self, lossy: bool, parts: list[str]) -> None:
+        lost = [name for name in self.lost() if name in parts]
+        if lost and not lossy:
+            raise UserError(f"{' and '.join(lost)} would be lost, being no LoRA: keep the adapter "
+                            "with --save, use a checkpoint trained with --fusion none "
+                            "--no-train-embeddings (configs/sample-lora-only.yaml), or take what "
+                            "is left with --lossy")
+        if len(self) != 1 or self.weights is None:
+            raise UserError("this takes the LoRA of one task; select one")
+
+    def export(self, folder: str, lossy: bool = False) -> None:
+        """Write it as PEFT's files, with a card; needs no peft.
+
+        Norm gains go along as `modules_to_save`. Raises UserError where fusion or embeddings would
+        be lost, unless lossy; where the folder is there already or cannot be written.
+        """
+        model = self._its_model("exported")
+        self._check_lost(lossy, ["fusion", "embeddings"])
+        options, (task,) = model.options, self.tasks
+        r = next(iter(self.weights.values()))[0].shape[1]       # a combination's is larger
+        alpha = options.alpha / options.rank * r * self.scale
+        facts = {"rank, alpha, scale": f"{r}, {alpha:g}, {self.scale:g}",
+                 "hypernetwork's weights (digest)": t5.tensors_digest(model.trainable())}
+        with t5.new_folder(folder) as unfinished:
+            t5.write_peft(unfinished, model.llm_path, select(self.weights, 0), alpha,
+                          options.targets.split(","), t5.scaled_norms(model.llm, model.norm_gains))
+            common.write_text(f"{unfinished}/README.md", t5.card(task, model, facts, self.lost()))
+
+    def merge_into_t5(self, folder: str, lossy: bool = False) -> None:
+        """Write the frozen LLM with this LoRA, norm gains and embeddings merged: a plain T5.
+
+        Raises UserError as `export`; embeddings are not lost here.
+        """
+        model = self._its_model("merged")
+        self._check_lost(lossy, ["fusion"])
+        model.merge(self)
+        try:
+            t5.write_merged(folder, model.llm, model.tokenizer, model.norm_gains,
+                            model.embedding_delta)
+        finally:
+            model.unmerge()
+
+
+def record_of(model) -> dict:
+    """What a saved adapter of this TAGI is to be known by and loaded with."""
+    return vars(model.options) | {"generator": "none", "adapter": True,
+                                  "shared_digest": t5.tensors_digest(model.shared())}

@@ -62,7 +62,7 @@ if missed:
     sys.exit("\n".join(missed))
 END
 
-run python evaluate.py --checkpoint $runs/finetune \
+run python adapt.py --checkpoint $runs/finetune \
     --instruction "Which city is it? Put it in quotes." \
     --input "On Monday Anna the baker bought a red lamp in Paris."
 echo; echo "quick start: $((SECONDS - begin)) s"

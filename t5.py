@@ -6,10 +6,12 @@
 import contextlib
 import glob
 import hashlib
+import json
 import logging
 import os
 import re
 import string
+import tempfile
 
 import torch
 import torch.nn as nn
@@ -219,6 +221,105 @@ def tiny_t5(vocab_size: int, seed: int, d_model=64, layers=3, heads=4, d_ff=192)
     return llm
 
 
+# ------------------------------------------------------------------------- adapters for others
+
+@contextlib.contextmanager
+def new_folder(folder: str):
+    """Within: a folder beside it, which in the end becomes `folder`, whole; after an error it goes.
+
+    Raises UserError where something is there already, and where it cannot be written.
+    """
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} is there already; choose another folder")
+    above = os.path.dirname(os.path.abspath(folder))
+    with named_file(folder, "choose another folder", "written"):
+        os.makedirs(above, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=above) as unfinished:
+            os.mkdir(f"{unfinished}/whole")
+            yield f"{unfinished}/whole"
+            os.rename(f"{unfinished}/whole", folder)
+
+
+def write_peft(folder: str, base: str, weights: dict, alpha: float, targets: list[str],
+               norms: dict) -> None:
+    """Write LoRA weights, {site: ((r, D_in), (D_out, r))}, as PEFT's files; needs no peft.
+
+    base: the LLM's hub name or folder; norms: {name: a norm's weight in place of the LLM's}.
+    """
+    tensors = {}
+    for site, (A, B) in weights.items():
+        tensors[f"base_model.model.{site}.lora_A.weight"] = A.detach().float()
+        tensors[f"base_model.model.{site}.lora_B.weight"] = B.detach().float()
+    for name, weight in norms.items():
+        tensors[f"base_model.model.{name}"] = weight.float()
+    own_modules = sorted({name.split(".")[-2] for name in norms})
+    config = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "inference_mode": True,
+              "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
+              "r": len(A), "lora_alpha": alpha, "target_modules": targets, "lora_dropout": 0.0,
+              "bias": "none", "fan_in_fan_out": False, "modules_to_save": own_modules or None}
+    common.save_tensors(f"{folder}/adapter_model.safetensors", tensors, {"format": "pt"})
+    common.write_text(f"{folder}/adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def card(task: dict, model, facts: dict, lost: list[str]) -> str:
+    """The README.md that goes with an export: what the hypernetwork read, and from what."""
+    options = model.options
+    data_form = "<the input>" if model.verbatim else "Input: <the input>\\nOutput: "
+    facts |= {"frozen LLM (fingerprint)": options.llm_fingerprint,
+              "training data (digest)": getattr(options, "data_digest", "not recorded"),
+              "score of the whole model": getattr(options, "score", "not recorded"),
+              "score of what is here": "the same: nothing is left out"}
+    if lost:
+        facts["score of what is here"] = f"not measured: {' and '.join(lost)} are left out"
+    parts = []
+    for part in task.get("combined", [task]):
+        weight = f" (weight {part['weight']:g})" if "weight" in part else ""
+        quoted = part["instruction"].replace("\n", "\n> ")
+        parts.append(f"Instruction{weight}:\n\n> {quoted}")
+        for its_input, output in part["demonstrations"]:
+            parts.append(f"Demonstration: `{its_input}` → `{output}`")
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""---
+library_name: peft
+base_model: {json.dumps(model.llm_path)}
+tags: [lora, tagi]
+---
+# A LoRA adapter that a hypernetwork wrote from an instruction
+
+{chr(10).join(part + chr(10) for part in parts)}
+No example of the task was trained on. The instruction is not in front of an input, which is read as
+
+    {data_form}
+
+| | |
+|---|---|
+{table}
+"""
+
+
+def write_merged(folder: str, llm, tokenizer, gains, embedding_delta=None) -> None:
+    """Write an LLM into which LoRA is merged, and a student's gains and embeddings: a plain T5."""
+    weights = {}
+    for name, p in llm.named_parameters():
+        weights[name.replace(".linear.", ".")] = p              # as without places for LoRA
+    weights |= scaled_norms(llm, gains)
+    if embedding_delta is not None:
+        weights["shared.weight"] = weights["shared.weight"] + embedding_delta
+    with new_folder(folder) as unfinished:
+        for part in (llm.config, llm.generation_config, tokenizer):
+            part.save_pretrained(unfinished)
+        common.save_tensors(f"{unfinished}/model.safetensors", weights, {"format": "pt"})
+
+
+def scaled_norms(llm, gains) -> dict[str, torch.Tensor]:
+    """{name: a norm's weight times the student's gain}; gains: by the norm's path with slashes."""
+    weights = {}
+    for key, gain in gains.items():
+        name = key.replace("/", ".")
+        weights[f"{name}.weight"] = llm.get_submodule(name).weight * gain
+    return weights
+
+
 # --------------------------------------------------------------------------------------- digests
 
 def fingerprint(llm) -> str:
@@ -229,6 +330,14 @@ def fingerprint(llm) -> str:
         shape = f"{name.replace('.linear.', '.')}{tuple(p.shape)}"
         digest.update(shape.encode() + values.tobytes())
     return digest.hexdigest()[:16]
+
+
+def tensors_digest(tensors: dict) -> str:
+    """A hash of tensors' names and values."""
+    total = hashlib.sha256()
+    for name, p in sorted(tensors.items()):
+        total.update(name.encode() + p.detach().float().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def weights_digest(path: str) -> str:

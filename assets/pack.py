@@ -4,8 +4,12 @@
     python assets/pack.py runs/from-scratch/meta assets/t5-tiny         # the frozen LLM of the built-in suite
     bash quickstart.sh
     python assets/pack.py runs/sample/finetune assets/tagi-tiny         # a TAGI for it
+    (the commands at the head of configs/sample-lora-only.yaml)         # and one that writes LoRA alone
+    python assets/pack.py runs/sample/lora-only assets/tagi-lora --results runs/sample/evaluate-lora-only/results.json
+    python adapt.py --checkpoint assets/tagi-lora --index
 """
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -19,7 +23,16 @@ KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_co
         "training_tasks.json")
 
 
-def pack(source, target):
+def score_of(path) -> str:
+    """TAGI's score in an evaluation's results.json, in words."""
+    with open(path, encoding="utf-8") as f:
+        results = json.load(f)
+    score = {row["demos"]: row["exact_match"] for row in results["results"] if row["key"] == "tagi"}
+    return (f"exact match {score[0]:.1f} by the definition, {score[2]:.1f} with two demonstrations, on "
+            f"{results['tasks']} {results['split']} tasks of the built-in suite")
+
+
+def pack(source, target, results=None):
     """Copy the checkpoint in the folder `source` to `target`; a TAGI's path to its LLM then starts there."""
     os.makedirs(target, exist_ok=True)
     for name in KEPT:
@@ -33,6 +46,8 @@ def pack(source, target):
         record = yaml.safe_load(f)
     if record.get("llm_is_relative"):
         record["llm_path"] = os.path.relpath(os.path.join(source, record["llm_path"]), target)
+    if results:
+        record["score"] = score_of(results)         # for the cards of exported adapters
     with open(f"{target}/config.yaml", "w", encoding="utf-8") as f:
         yaml.safe_dump(record, f, sort_keys=False)
     size = sum(entry.stat().st_size for entry in os.scandir(target))
@@ -43,7 +58,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a finished stage's folder")
     parser.add_argument("target", help="the folder to write")
+    parser.add_argument("--results", help="an evaluation's results.json, whose score is recorded")
     args = parser.parse_args()
     if not os.path.isfile(f"{args.source}/config.yaml"):
         sys.exit(f"error: {args.source}/config.yaml: no such file; name the folder of a finished stage")
-    pack(args.source, args.target)
+    pack(args.source, args.target, args.results)

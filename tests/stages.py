@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                    # a wrong path must not become a search of the hub
 
+import adapt
 import common
 import evaluate
 from bench import sample
@@ -31,7 +32,7 @@ from conftest import THREADS
 STAGES = ("base", "meta", "lora", "lora-all", "pretrain", "finetune")
 MODULES = {"base": train_teacher, "meta": train_teacher, "lora": train_teacher,
            "lora-all": train_teacher, "pretrain": train_hyper, "finetune": train_hyper,
-           "evaluate": evaluate}
+           "evaluate": evaluate, "adapt": adapt}
 KEPT = {"train": 12, "validation": 3, "test": 3,  # tasks of each split
         "validation_unseen_wording": 3, "test_unseen_wording": 3}
 
@@ -76,7 +77,9 @@ class Project:
         self.data, self.config, self.runs = data, config, runs
 
     def argv(self, stage, *flags) -> list[str]:
-        """Words after the script's name. stage: one of STAGES, "evaluate", or None for all of train_teacher.py's."""
+        """Words after the script's name. stage: one of STAGES, "evaluate", "adapt", or None for all of train_teacher.py's."""
+        if stage == "adapt":
+            return ["--checkpoint", str(self.runs / "finetune"), *map(str, flags)]
         words = [] if stage in (None, "evaluate") else ["--stage", stage]
         return [*words, "--config", str(self.config), "--runs", str(self.runs), *map(str, flags)]
 

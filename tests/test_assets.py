@@ -14,23 +14,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import adapt
 import evaluate
 from bench import concepts, sample
 from hypernet import TAGI
 
-T5, SHIPPED = ROOT / "assets" / "t5-tiny", ROOT / "assets" / "tagi-tiny"
-OWN = re.compile(r'python evaluate\.py --instruction .*')
+T5, SHIPPED = ROOT / "assets" / "t5-tiny", [ROOT / "assets" / "tagi-tiny", ROOT / "assets" / "tagi-lora"]
+OWN = re.compile(r'python adapt\.py --instruction .*')
 
 
-@pytest.fixture(scope="module")
-def tagi():
-    return TAGI.load(str(SHIPPED), "cpu")
+@pytest.fixture(scope="module", params=SHIPPED, ids=lambda path: path.name)
+def tagi(request):
+    return TAGI.load(str(request.param), "cpu")
 
 
-def answer(*argv) -> str:
+def answer(*argv, script=adapt) -> str:
     out = io.StringIO()
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(out):
-        evaluate.main(["--device", "cpu", *argv])
+        script.main(["--device", "cpu", *argv])
     return out.getvalue()
 
 
@@ -39,8 +40,9 @@ def size(folder):
 
 
 def test_the_t5_has_at_most_2_mb_and_all_weights_8():
-    assert size(T5) <= 2 * 2 ** 20 and size(T5) + size(SHIPPED) <= 8 * 2 ** 20
-    for folder in (T5, SHIPPED):
+    weights = sum(path.stat().st_size for folder in (T5, *SHIPPED) for path in folder.glob("model.safetensors"))
+    assert size(T5) <= 2 * 2 ** 20 and weights <= 8e6
+    for folder in (T5, *SHIPPED):
         assert {"config.yaml", "model.safetensors", "log.jsonl"} <= {path.name for path in folder.iterdir()}
 
 
@@ -69,21 +71,23 @@ def test_a_suite_of_another_seed_is_no_test_of_it(tmp_path, capsys):
     """Most of its test tasks are training tasks of the suite that the shipped models know."""
     sample.write_suite(tmp_path / "suite", seed=1)
     with pytest.raises(SystemExit):
-        answer("--checkpoint", str(SHIPPED), "--data", str(tmp_path / "suite"), "--runs", str(tmp_path), "--rows", "tagi")
+        answer("--checkpoint", str(SHIPPED[0]), "--data", str(tmp_path / "suite"), "--runs", str(tmp_path), "--rows", "tagi",
+               script=evaluate)
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"tiny was trained on \d+ of the \d+ test tasks", line), line
 
 
 def test_words_that_it_does_not_know_are_named(capsys):
     answer("--instruction", "Find the zeppelin, please.", "--input", "Anna saw a quokka.")
-    assert capsys.readouterr().err.splitlines()[-1] == "warning: words the model does not know: zeppelin, quokka"
+    lines = capsys.readouterr().err.splitlines()[-2:]
+    assert lines == ["warning: words the model does not know: zeppelin", "warning: words the model does not know: quokka"]
 
 
 def test_the_example_of_help_is_right(capsys):
     with pytest.raises(SystemExit):
-        evaluate.main(["--help"])
+        adapt.main(["--help"])
     line = OWN.search(capsys.readouterr().out)[0].partition("#")[0]
-    assert answer(*shlex.split(line)[2:]) == "Paris\n"
+    assert answer(*shlex.split(line)[2:]) == "Rome\n"
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -97,7 +101,7 @@ def test_the_readmes_own_instructions_print_what_it_says():
     assert found
     for code, output in found:
         words = shlex.split(code.replace("\\\n", " "))
-        assert words[:2] == ["python", "evaluate.py"] and answer(*words[2:]) == output
+        assert words[:2] == ["python", "adapt.py"] and answer(*words[2:]) == output
 
 
 def test_the_readmes_python_prints_what_it_says():

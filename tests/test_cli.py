@@ -16,6 +16,7 @@ pytest_plugins = ("stages",)
 from conftest import apart
 from stages import MODULES, ROOT, STAGES, call, environment, process
 
+import adapt
 import common
 import config
 import data
@@ -444,7 +445,7 @@ class Script:
         return found
 
 
-SCRIPTS = {module.__name__ + ".py": module for module in (train_teacher, train_hyper, evaluate)}
+SCRIPTS = {module.__name__ + ".py": module for module in (train_teacher, train_hyper, evaluate, adapt)}
 
 
 def options_of_command(words):
@@ -663,7 +664,7 @@ def test_the_quick_starts_commands_are_options_of_the_scripts(tmp_path, flags, b
     assert [(name, options.get("stage")) for name, options in stages] == [
         *(("train_teacher.py", stage) for stage in before), ("train_teacher.py", None),
         ("train_hyper.py", "pretrain"), ("train_hyper.py", "finetune"),
-        ("evaluate.py", None), ("evaluate.py", None)]
+        ("evaluate.py", None), ("adapt.py", None)]
     for name, options in stages[:-2]:
         assert options["runs"] == runs and options["fresh"] == ("--fresh" in flags)
         assert options["meta_model"] == ("runs/from-scratch/meta" if before else None)
@@ -674,10 +675,11 @@ def test_the_quick_starts_commands_are_options_of_the_scripts(tmp_path, flags, b
 def test_words_that_the_model_does_not_know_are_named_on_standard_error(project, capsys):
     flags = ("--instruction", "Find the city , \u03a9mega .",
              "--input", "Anna saw \u010duch, \u03a9mega and \u010duch .", "--input", "Tom saw a dog .")
-    assert project.run("evaluate", *flags).count("\n") == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "warning: words the model does not know: \u03a9mega, \u010duch"
-    project.run("evaluate", "--instruction", "Find the city .", "--input", "Tom saw a dog .")
+    assert project.run("adapt", "--max-output=4", *flags).count("\n") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert lines == ["warning: words the model does not know: \u03a9mega",              # of the instruction, of the inputs
+                     "warning: words the model does not know: \u010duch, \u03a9mega"]
+    project.run("adapt", "--max-output=4", "--instruction", "Find the city .", "--input", "Tom saw a dog .")
     assert "warning" not in capsys.readouterr().err
 
 
@@ -739,15 +741,6 @@ def test_without_one_lora_for_all_its_row_is_left_out_with_its_command(project, 
     assert f"left out: meta-trained with one LoRA: first run {command}" in out
     assert "| meta-trained with one LoRA |" not in out
     assert command in project.refuses("evaluate", "--split=validation", "--rows=meta_lora")
-
-
-def test_an_own_instruction_prints_one_line_an_input_and_nothing_else(project):
-    inputs = ["Anna went to Paris on Monday .", "Lucy paid two coins .", "Tom saw a dog in Rome ."]
-    flags = [word for text in inputs for word in ("--input", text)]
-    out = project.run("evaluate", "--instruction", "Find the city .", *flags)
-    assert out.count("\n") == 3
-    assert out.splitlines()[1:2] == project.run("evaluate", "--instruction", "Find the city .", *flags[2:4]).splitlines()
-    assert not (project.runs / "evaluate").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- options

@@ -2,9 +2,11 @@
 
 `rescore` needs no model. loaded: evaluate.py's tasks and models, which are handed in.
 """
+import contextlib
 import itertools
 import os
 import re
+import sys
 
 import numpy as np
 
@@ -165,6 +167,18 @@ def open_predictions(out: str, record: dict, sources: dict, fresh: bool) -> dict
                 done = {(r["row"], r["demos"], r["task"], r["id"]): r for r in records}
     common.write_yaml(written, {**record, "sources": sources, "versions": common.versions()})
     return done
+
+
+@contextlib.contextmanager
+def kept(out: str):
+    """The open file of an evaluation's predictions; Ctrl-C within ends with a word on going on."""
+    with open(f"{out}/predictions.jsonl", "a", encoding="utf-8") as file:
+        try:
+            yield file
+        except KeyboardInterrupt:
+            print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same "
+                  "command again to go on")
+            sys.exit(130)
 
 
 # -------------------------------------------------------------------------------- scored once more

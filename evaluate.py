@@ -7,6 +7,7 @@ Launch:
     python evaluate.py --bench p3 --checkpoint DIR          # T0's held-out tasks
     python evaluate.py --rescore predictions.jsonl --references test_references.jsonl
     python evaluate.py --ablations                          # of what bench/ablations.sh trained
+    python evaluate.py --probe                              # does the instruction matter?
 
 Here is who answers each row of the table, and what it reads: TAGI the input alone, its adapter
 made from the task's instruction, another's or an empty one; an LLM the instruction with every
@@ -27,7 +28,7 @@ import config
 import data
 import lora
 import t5
-from bench import cost, p3, predictions, report, sample
+from bench import cost, p3, predictions, probe, report, sample
 from bench.predictions import HEURISTICS, UNSEEN_WORDING
 from bench.report import ROWS
 from bench.rouge import rouge_l     # noqa: F401  for those who import it from here
@@ -58,7 +59,7 @@ def parser():
     add("--rows", help="make only these rows, with commas between: " + ", ".join(ROWS))
     add("--batch-size", type=config.positive,
         help="instances answered at a time; default: 250 for the built-in suite, else 20")
-    add("--out", help="folder for the results; default: evaluate under --runs")
+    add("--out", help="folder for the results; default: evaluate under --runs, or probe")
     add = p.add_argument_group("predictions that are there").add_argument
     add("--rescore", help="score a file of JSON lines with id and prediction; needs no model")
     add("--references",
@@ -67,6 +68,11 @@ def parser():
     add = p.add_argument_group("ablations").add_argument
     add("--ablations", default=False, **config.flag,
         help="print the table of the runs that bench/ablations.sh left under --runs")
+    add = p.add_argument_group("does the instruction matter?").add_argument
+    add("--probe", default=False, **config.flag,
+        help="score TAGI with the right instruction, a paraphrase and four wrong ones")
+    add("--paraphrases", help="for --probe: a JSON file of {task name: its paraphrase}; default: "
+                              "the built-in suite's, or a task's second definition")
     return p
 
 
@@ -122,6 +128,11 @@ class Loaded:
         if row == "teachers":
             return self.held_out
         return self.reworded if row in UNSEEN_WORDING else self.tasks
+
+    @property
+    def has_unseen_wording(self) -> bool:
+        split = self.options.split + "_unseen_wording"
+        return os.path.isfile(data.split_file(self.options.data, split))
 
     @functools.cached_property
     def reworded(self) -> list:
@@ -295,18 +306,20 @@ def ask(loaded, items, choices, limits, llm=None, weights=None) -> list[str]:
     return predictions.likeliest(choices, scores)
 
 
-def predict(loaded, row, demos, done, file) -> list[dict]:
+def predict(loaded, row, demos, done, file, tasks=None, name=None) -> list[dict]:
     """One row's predictions, in the order of its tasks; those not in `done` are made and written.
 
-    done: {(row, demos, task, id): prediction}; new ones are added.
+    done: {(row, demos, task, id): prediction}; new ones are added. With `tasks` those are answered
+    as the row's, under a name of their own.
     """
-    o, tasks, records = loaded.options, loaded.tasks_of(row), []
+    o, records = loaded.options, []
+    tasks, name = tasks or loaded.tasks_of(row), name or ROWS[row]
     bar = tqdm(total=sum(len(task.instances) for task in tasks), disable=None, leave=False,
-               desc=f"{ROWS[row]}, {report.SETTINGS[demos]}", dynamic_ncols=True)
+               desc=f"{name}, {report.SETTINGS[demos]}", dynamic_ncols=True)
     for group in data.batches(tasks, TASKS_AT_ONCE):
         keys, todo = [], []
         for task, x in [(task, x) for task in group for x in task.instances]:
-            keys.append((ROWS[row], demos, task.name, x.id))
+            keys.append((name, demos, task.name, x.id))
             if keys[-1] not in done:
                 todo.append((task, x))
         bar.update(len(keys) - len(todo))
@@ -314,10 +327,10 @@ def predict(loaded, row, demos, done, file) -> list[dict]:
             answer = answerer(loaded, row, demos, group, {"max_new_tokens": o.max_output})
         for batch in data.batches(todo, o.batch_size):
             for (task, x), text in zip(batch, answer(batch), strict=True):
-                record = {"bench": o.bench, "row": ROWS[row], "demos": demos, "id": x.id,
+                record = {"bench": o.bench, "row": name, "demos": demos, "id": x.id,
                           "task": task.name, "category": task.category,
                           "prediction": text, "references": x.outputs}
-                done[ROWS[row], demos, task.name, x.id] = record
+                done[name, demos, task.name, x.id] = record
                 file.write(json.dumps(record) + "\n")
             file.flush()
             bar.update(len(batch))
@@ -360,35 +373,33 @@ def way(loaded, row, demos, pairs, size, limits):
 
 # ------------------------------------------------------------------------------------------- main
 
+def load(options) -> Loaded:
+    """Tasks and models. Raises UserError where benchmark, data and model are of two kinds."""
+    sample.ensure_suite(options.data)
+    if options.bench == "sni" and options.data == sample.SUITE:
+        raise UserError(f"--bench sni needs --data, a folder in its layout: {data.GET_SNI}")
+    if (options.bench == "p3") != (options.format == "p3"):
+        raise UserError(f"--bench {options.bench} with --format {options.format}: a model reads P3 "
+                        "as it was trained to; name a checkpoint or config of the other kind, or "
+                        "another --bench")
+    return Loaded(options)
+
+
 def run(options) -> dict:
     """What results.json holds: each row at Def and Def + 2 Pos, answered, scored, and its cost."""
-    sample.ensure_suite(options.data)
-    bench, split, out = options.bench, options.split, options.out
-    if bench == "sni" and options.data == sample.SUITE:
-        raise UserError(f"--bench sni needs --data, a folder in its layout: {data.GET_SNI}")
-    if (bench == "p3") != (options.format == "p3"):
-        raise UserError(f"--bench {bench} with --format {options.format}: a model reads P3 as "
-                        "it was trained to; name a checkpoint or config of the other kind, or "
-                        "another --bench")
-    loaded = Loaded(options)
-    unseen = os.path.isfile(data.split_file(options.data, split + "_unseen_wording"))
-    wanted = predictions.chosen_rows(loaded, has_unseen_wording=unseen)
+    loaded, bench, split, out = load(options), options.bench, options.split, options.out
+    wanted = predictions.chosen_rows(loaded, loaded.has_unseen_wording)
     if set(wanted) - HEURISTICS:
         loaded.check_training_tasks()
     sources = predictions.sources_of(loaded, wanted)
     done = predictions.open_predictions(out, vars(options), sources, options.fresh)
     settings = (0,) if bench == "p3" else tuple(report.SETTINGS)
     results, published = [], []
-    with open(f"{out}/predictions.jsonl", "a", encoding="utf-8") as file:
-        try:
-            for row, demos in itertools.product(wanted, settings):
-                records = predict(loaded, row, demos, done, file)
-                scores = report.score(ROWS[row], demos, records, strict=bench != "sni")
-                results.append({"key": row} | scores)
-        except KeyboardInterrupt:
-            print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same "
-                  "command again to go on")
-            sys.exit(130)
+    with predictions.kept(out) as file:
+        for row, demos in itertools.product(wanted, settings):
+            records = predict(loaded, row, demos, done, file)
+            scores = report.score(ROWS[row], demos, records, strict=bench != "sni")
+            results.append({"key": row} | scores)
     if {"tagi", "meta"} <= set(wanted):                 # all costs are told relative to meta's
         costs = measure_costs(loaded, wanted, settings)
         for result in results:
@@ -411,6 +422,10 @@ def main(argv=None):
         raise UserError("evaluation is one process; start it with python evaluate.py")
     if options.references and not options.rescore:
         raise UserError("--references belongs to --rescore FILE; name the predictions too")
+    if options.paraphrases and not options.probe:
+        raise UserError("--paraphrases belongs to --probe; name that too")
+    if options.probe:
+        config.refuse(argv, probe.NOT_WITH, "--probe says by itself who answers what")
     if not options.rescore and not options.ablations:
         config.refuse(argv, config.OF_A_CHECKPOINT, "an evaluation takes it from the checkpoint")
     if options.ablations:
@@ -421,7 +436,10 @@ def main(argv=None):
     options.bench = options.bench or "sample"
     options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
     options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
-    options.out = options.out or os.path.join(options.runs, "evaluate")
+    folder = "probe" if options.probe else "evaluate"
+    options.out = options.out or os.path.join(options.runs, folder)
+    if options.probe:
+        return probe.run(load(options), predict)
     report.tell(run(options), options.out)
 
 

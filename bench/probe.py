@@ -23,7 +23,7 @@ CONDITIONS = {
     "empty": ("an empty one", ROWS["tagi_empty"]),
     "random_words": ("random words", "TAGI, random words"),
 }
-NOT_WITH = ("rows", "rescore", "ablations", "instruction")      # options that it would ignore
+NOT_WITH = ("rows", "rescore", "ablations")      # options that it would ignore
 
 
 def run(loaded, predict) -> None:

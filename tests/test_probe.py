@@ -336,7 +336,6 @@ def test_bad_paraphrases_are_one_line(project, tmp_path, text, said):
     (["--probe", "--rows=tagi"], ["--rows", "leave it out"]),
     (["--probe", "--ablations"], ["--ablations", "leave it out"]),
     (["--probe", "--rescore", "x.jsonl"], ["--rescore", "leave it out"]),
-    (["--probe", "--instruction", "Find it .", "--input", "x"], ["--instruction", "leave it out"]),
     (["--probe", "--checkpoint=nowhere"], ["nowhere", "no such folder"]),
     (["--probe", "--bench=p3"], ["--bench p3", "--format"]),
     (["--probe", "--rank=3"], ["--rank", "checkpoint"])], ids=" ".join)

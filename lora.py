@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import common
@@ -164,6 +165,32 @@ def select(weights: Weights, index) -> Weights:
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The same weights in another dtype, each of its shape."""
     return {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in weights.items()}
+
+
+@torch.no_grad()
+def svd_factors(weights: Weights) -> Weights:
+    """The same products B·A = U·S·Vᵀ in factors that can be compared: B = U·√S and A = √S·Vᵀ.
+
+    {site: (lora_A (.., r, D_in), lora_B (.., D_out, r))}, of any dtype, and the same comes back.
+    Singular values fall from row to row of A; a row's entry of largest magnitude is positive.
+    """
+    # Of all A·M and M⁻¹·B one pair is picked, up to singular values that are alike. The SVD is that
+    # of an r × r matrix: B·A = Q_B (R_B R_Aᵀ) Q_Aᵀ.
+    factors = {}
+    for name, (A, B) in weights.items():
+        Q_A, R_A = torch.linalg.qr(A.double().mT)       # (.., D_in, k), (.., k, r); k = min(D, r)
+        Q_B, R_B = torch.linalg.qr(B.double())
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+        roots = S.sqrt()                                                    # (.., k)
+        new_A = roots[..., None] * (Vh @ Q_A.mT)                            # (.., k, D_in)
+        new_B = (Q_B @ U) * roots[..., None, :]                             # (.., D_out, k)
+        largest = new_A.abs().argmax(-1, keepdim=True)                      # (.., k, 1)
+        signs = torch.where(new_A.gather(-1, largest) < 0, -1.0, 1.0)       # (.., k, 1)
+        missing = A.shape[-2] - S.shape[-1]             # where r is larger than the layer: zeros
+        new_A = F.pad(new_A * signs, (0, 0, 0, missing))
+        new_B = F.pad(new_B * signs.mT, (0, missing))
+        factors[name] = (new_A.to(A.dtype), new_B.to(B.dtype))
+    return factors
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ Table 4's ablations are one option each: --no-pretrained, --fusion none, --lambd
 --lambda-kl 0, --lambda-ins 0, --generator none.
 """
 import os
-import sys
 
 import torch
 import torch.nn as nn
@@ -64,8 +63,9 @@ def parser():
     add("--lambda-kl", type=config.finite, default=5.0, help="λ1, weight of L_kl")
     add("--lambda-ins", type=number_or_sigmoid, default="sigmoid",
         help="λ2, weight of L_ins: a number, or sigmoid (of L_ins)")
-    add("--alignment", default="factors", choices=["none", "factors", "product"],
-        help="what L_ins compares: A with A and B with B, or the products B·A")
+    add("--alignment", default="factors", choices=["none", "factors", "product", "svd"],
+        help="what L_ins compares: A with A and B with B, the products B·A, or (svd) A and B with "
+             "those that an SVD makes of the teachers' products")
     add("--kl-teacher", default="lora",
         help="lora (Eq. 5), meta (stage meta), or a checkpoint with the same vocabulary")
     add("--teacher-demos", default=True, **config.flag,
@@ -79,7 +79,6 @@ def parser():
 
 def get_options(argv=None):
     """The options of the stage that is asked for. Raises UserError where nothing is to train."""
-    argv = sys.argv[1:] if argv is None else argv
     stage = parser().parse_known_args(argv)[0].stage
     if stage is None:
         raise UserError("which stage? --stage pretrain or --stage finetune")
@@ -97,8 +96,7 @@ def get_options(argv=None):
 
 def aligns(options) -> bool:
     """Whether L_ins takes part."""
-    return (options.generator != "none" and options.alignment != "none"
-            and options.lambda_ins != 0)
+    return options.generator != "none" and options.alignment != "none" and options.lambda_ins != 0
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -161,16 +159,15 @@ def finetune_batches(options, tagi, n_micro, tasks):
                 inputs.append(data.instance_text(its_input, verbatim))
                 outputs.append(output)
                 prompts.append((draw.definition, demos, prompt))
-        keys = list(rows)
         batch = {
             # what the hypernetwork reads, (K, S), and the student, (N, T), each with its mask
-            "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in keys],
+            "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in rows],
                                                     options.max_instruction, device, verbatim),
             "input": data.tokenize(tokenizer, inputs, options.max_input, device),
             **located(data.labels(tokenizer, outputs, options.max_output), device),     # (N, C)
             # instance -> instruction, (N,); None where each one's instances are a block of N / K
-            "index": torch.tensor(index, device=device) if len(keys) < len(drawn) else None,
-            "teacher": torch.tensor([key[0] for key in keys], device=device)}           # (K,)
+            "index": torch.tensor(index, device=device) if len(rows) < len(drawn) else None,
+            "teacher": torch.tensor([key[0] for key in rows], device=device)}           # (K,)
         if options.lambda_kl:                   # what the teacher reads
             batch["prompt"] = data.tokenize_instructed(tokenizer, prompts, options.max_input,
                                                        device, verbatim)
@@ -324,12 +321,13 @@ def alignment_loss(generated, teacher, kind):
         B = torch.stack([generated[name][1] for name in names])                 # (P, K, D_out, r)
         A_t = torch.stack([teacher[name][0] for name in names])
         B_t = torch.stack([teacher[name][1] for name in names])
-        if kind == "factors":                   # the paper's: A against A, B against B
-            errors = (A - A_t).square().sum((-2, -1)) + (B - B_t).square().sum((-2, -1))
-            count += len(names) * (A[0, 0].numel() + B[0, 0].numel())
-        else:                                   # ‖BA − B'A'‖², of what the layer computes: unique
+        if kind == "product":                   # ‖BA − B'A'‖², of what the layer computes: unique
             errors = inner(A, B, A, B) - 2 * inner(A, B, A_t, B_t) + inner(A_t, B_t, A_t, B_t)
             count += len(names) * B.shape[-2] * A.shape[-1]
+        else:                                   # factors, the paper's: A against A, B against B;
+                                                # svd: the same, of teachers factored anew
+            errors = (A - A_t).square().sum((-2, -1)) + (B - B_t).square().sum((-2, -1))
+            count += len(names) * (A[0, 0].numel() + B[0, 0].numel())
         total = total + errors.sum(0)                                               # (K,)
     return total / count
 
@@ -384,6 +382,8 @@ def train(options, run):
             teachers = lora.load_teachers(
                 os.path.join(options.runs, "lora"), names, tagi.llm, run.record(),
                 f"python train_teacher.py --stage lora{t5.config_flag(options)}")
+            if options.alignment == "svd":      # the same products, so L_kl's teachers stay as is
+                teachers = lora.svd_factors(teachers)
         if options.lambda_kl and options.kl_teacher != "lora":
             teacher_llm = load_kl_teacher(options, run, path, tagi)
 

@@ -46,5 +46,10 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     ablation finetune-without-kl --lambda-kl 0
     ablation finetune-without-ins --lambda-ins 0
     ablation finetune-without-hypernetwork --generator none
+
+    # What L_ins compares. One of these is the whole method's own, and trained again as it was.
+    ablation finetune-with-product --alignment product
+    ablation finetune-with-factors --alignment factors
+    ablation finetune-with-svd --alignment svd
 done
 run python evaluate.py --ablations --config "$CONFIG" --runs "$RUNS" --split "$SPLIT"

@@ -282,6 +282,9 @@ ABLATIONS = {                                           # row -> its run in benc
     "without L_kl": "finetune-without-kl",
     "without L_ins": "finetune-without-ins",
     "without hypernetwork (fusion alone)": "finetune-without-hypernetwork",
+    "L_ins compares B·A": "finetune-with-product",
+    "L_ins compares A and B": "finetune-with-factors",
+    "L_ins compares A and B by SVD": "finetune-with-svd",
 }
 STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]    # 97.5 %; 2, 3, .. seeds
 

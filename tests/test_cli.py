@@ -221,6 +221,7 @@ ALL = {"generator", "fusion", "norm_gains", "embedding_delta"}
     (["--generator=none"], {"ce", "kl"}, ALL - {"generator"}),
     (["--generator=mean", "--no-pretrained"], {"ce", "kl", "ins"}, ALL),
     (["--alignment=factors"], {"ce", "kl", "ins"}, ALL),
+    (["--alignment=svd"], {"ce", "kl", "ins"}, ALL),
     (["--alignment=none"], {"ce", "kl"}, ALL),
     (["--lambda-ins=0.5", "--alignment=factors"], {"ce", "kl", "ins"}, ALL),
     (["--kl-teacher=meta"], {"ce", "kl", "ins"}, ALL),
@@ -461,7 +462,7 @@ def ablations(tmp_path, project, **variables) -> Script:
     return script
 
 
-PARTS = {                                       # Table 4's row -> the option that leaves it out
+PARTS = {                                       # row -> the option that makes it
     "TAGI, whole method": {},
     "without pretraining": {"pretrained": False},
     "without fusion (LoRA alone)": {"fusion": "none"},
@@ -469,6 +470,9 @@ PARTS = {                                       # Table 4's row -> the option th
     "without L_kl": {"lambda_kl": 0},
     "without L_ins": {"lambda_ins": 0},
     "without hypernetwork (fusion alone)": {"generator": "none"},
+    "L_ins compares B·A": {"alignment": "product"},
+    "L_ins compares A and B": {},               # the default, though not the config's
+    "L_ins compares A and B by SVD": {"alignment": "svd"},
 }
 
 
@@ -477,7 +481,7 @@ def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
     assert report.ABLATIONS.keys() == PARTS.keys()
     stages = script.stages()
     default = vars(train_hyper.parser().parse_args([]))
-    names = ("pretrained", "fusion", "lambda_ce", "lambda_kl", "lambda_ins", "generator")
+    names = ("pretrained", "fusion", "lambda_ce", "lambda_kl", "lambda_ins", "generator", "alignment")
     for seed, runs in ((0, str(finished.runs)), (1, f"{finished.runs}-seed1")):
         mine = [(words[0], options_of_command(words)) for words in stages]
         mine = [(name, options) for name, options in mine

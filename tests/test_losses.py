@@ -448,9 +448,9 @@ def test_every_loss_weight_removes_its_own_loss_and_nothing_else(step):
 
 
 def test_alignment_options_change_only_the_generators_gradient(step):
-    """product, a number for λ2 and a larger number."""
+    """product, svd, a number for λ2 and a larger number."""
     base = step("--lambda-ins=0")
-    for flags in (("--alignment=product",), ("--lambda-ins=1",)):
+    for flags in (("--alignment=product",), ("--alignment=svd",), ("--lambda-ins=1",)):
         assert differ(step(*flags), base) == differ(step(*flags), step()) == {"generator"}
     same(combine((1, step("--lambda-ins=2")), (-1, base)), combine((2, step("--lambda-ins=1")), (-2, base)))
 

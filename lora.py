@@ -248,6 +248,20 @@ def save_teacher(folder: str, record: dict, teacher: str, weights: Weights) -> N
                            flatten(weights), step=record["steps"], finished=True)
 
 
+def check_fits(expected: dict, folder: str, record: dict, keys, llm_path: str, remedy: str) -> None:
+    """Raises UserError where `folder`, with the config.yaml `record`, is of another LLM or LoRA.
+
+    expected: the llm_fingerprint and, of `keys`, the options that are needed.
+    """
+    fingerprint = record["llm_fingerprint"]
+    common.check_fingerprint(expected["llm_fingerprint"], fingerprint, folder, llm_path)
+    for key in keys:                                # another alpha's would load, rescaled
+        new = expected[key]
+        if record.get(key, new) != new:
+            raise UserError(f"{folder} was trained with --{key} {record[key]}, not {new}; use the "
+                            f"same, or {remedy}")
+
+
 def check_teachers(folder: str, teachers: list[str], expected: dict, command: str) -> None:
     """Raises UserError where a teacher is not there or not finished, or not as expected.
 
@@ -257,14 +271,9 @@ def check_teachers(folder: str, teachers: list[str], expected: dict, command: st
         path = teacher_folder(folder, teacher)
         if not common.is_finished(path):
             raise UserError(f"{path}: no LoRA teacher for {teacher}; first run {command}")
-        old = vars(common.load_options(path, "llm_fingerprint"))
-        common.check_fingerprint(expected["llm_fingerprint"], old["llm_fingerprint"], path,
-                                 "the frozen LLM's folder")
-        for key in ("rank", "alpha"):               # another alpha's would load, rescaled
-            new = expected[key]
-            if old.get(key, new) != new:
-                raise UserError(f"{path} was trained with --{key} {old[key]}, not {new}; use the "
-                                f"same, or train it again: {command} --fresh")
+        record = vars(common.load_options(path, "llm_fingerprint"))
+        check_fits(expected, path, record, ("rank", "alpha"), "the frozen LLM's folder",
+                   f"train it again: {command} --fresh")
 
 
 def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: dict,

@@ -68,6 +68,14 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     return llm.to(device), tokenizer
 
 
+def save_llm(folder: str, record: dict, llm, tokenizer, *args, **kwargs) -> None:
+    """Write a checkpoint of ours (`common.save_checkpoint`) that is one of Transformers' too."""
+    os.makedirs(folder, exist_ok=True)
+    for part in (llm.config, llm.generation_config, tokenizer):
+        part.save_pretrained(folder)
+    common.save_checkpoint(folder, record, dict(llm.named_parameters()), *args, **kwargs)
+
+
 def load_tokenizer(path: str):
     """The checkpoint's tokenizer.
 

@@ -5,7 +5,7 @@
               baseline the paper compares with, a possible KL teacher, and by default the frozen LLM
               under everything that follows
     lora      LoRA teachers ("training with instance"): for every category or task LoRA weights Δ_i
-              on the frozen LLM, reading instruction and input
+              on the frozen LLM, reading instruction and input (--init-from: from generated ones)
     lora-all  one LoRA on the frozen LLM for all training tasks (Table 4's Tk-Instruct-LoRA); in a
               config, section lora_all
 
@@ -18,12 +18,10 @@ import dataclasses
 import glob
 import os
 import shutil
-import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoTokenizer
 
 import common
 import config
@@ -32,6 +30,7 @@ import lora
 import t5
 from bench import sample
 from common import UserError
+from hypernet import TAGI
 
 # Letters of the shapes in comments:
 #   N  examples      T  tokens of one      C  target tokens      V  vocabulary      U  teachers
@@ -45,6 +44,8 @@ def parser():
     add = p.add_argument_group("lora").add_argument
     add("--teachers-at-once", type=config.positive, default=16,
         help="LoRA teachers trained side by side in one batch")
+    add("--init-from", help="folder of a TAGI: each teacher starts from the LoRA weights that it "
+                            "generates for the task's definition; needs a teacher for each task")
     add = p.add_argument_group("meta").add_argument
     add("--curriculum", default=False, **config.flag,
         help="for a T5 made from nothing: easy tasks first, demonstrations last")
@@ -73,10 +74,7 @@ def stages_of(argv) -> list[str]:
 # ------------------------------------------------------------------------------------------ data
 
 def mixed_draws(tasks, options, p=None):
-    """The function draws(step, micro) -> --tasks of these tasks with their instances.
-
-    p: the tasks' chances (`data.chances`).
-    """
+    """The function draws(step, micro) -> --tasks of these tasks, instances drawn; p: chances."""
     def draws(step, micro):
         rng = data.rng_of(options.seed, step, micro)
         demos = data.n_demonstrations(options.demos, options.seed, step)
@@ -86,10 +84,7 @@ def mixed_draws(tasks, options, p=None):
 
 
 def instructed_batch(draws, tokenizer, options):
-    """What a model reads with the instruction in its input, and is to answer.
-
-    ids (N, T), mask (N, T), labels (N, C).
-    """
+    """(ids (N, T), mask (N, T), labels (N, C)): the instruction with every input, and answers."""
     # One row for each instance; the answer is what it was drawn with.
     items, outputs = [], []
     for draw in draws:
@@ -99,11 +94,6 @@ def instructed_batch(draws, tokenizer, options):
     ids, mask = data.tokenize_instructed(tokenizer, items, options.max_input, options.device,
                                          options.format == "p3")
     return ids, mask, data.labels(tokenizer, outputs, options.max_output, options.device)
-
-
-def dealt(draws, options, n_micro):
-    """The same draws, sorted by length over --bucket-steps steps of n_micro micro-batches each."""
-    return data.by_length(draws, options.bucket_steps, options.seed, n_micro)
 
 
 # ----------------------------------------------------------- base, meta, lora-all: all ranks train
@@ -159,14 +149,6 @@ def train_together(run, llm, parameters, get_batch, save, path=None, tasks=None,
     run.end()
 
 
-def save_llm(folder, record, llm, tokenizer, *args, **kwargs):
-    """Write a checkpoint of ours (`common.save_checkpoint`) that is one of Transformers' too."""
-    os.makedirs(folder, exist_ok=True)
-    for part in (llm.config, llm.generation_config, tokenizer):
-        part.save_pretrained(folder)
-    common.save_checkpoint(folder, record, dict(llm.named_parameters()), *args, **kwargs)
-
-
 def train_llm(run, llm, tokenizer, get_batch, **kwargs):
     """Train all weights of the LLM."""
     # train(): dropout as the checkpoint's config has it.
@@ -175,7 +157,7 @@ def train_llm(run, llm, tokenizer, get_batch, **kwargs):
         t5.checkpoint_blocks(llm)
 
     def save(optimizer, step, finished):
-        save_llm(run.folder, run.record(), llm, tokenizer, optimizer, step, finished)
+        t5.save_llm(run.folder, run.record(), llm, tokenizer, optimizer, step, finished)
 
     train_together(run, llm, dict(llm.named_parameters()), get_batch, save, **kwargs)
 
@@ -190,7 +172,7 @@ def train_meta(options, run):
     draws, restart = mixed_draws(tasks, options), 0.0
     if options.curriculum:                      # for a T5 made from nothing, see below
         draws, restart = curriculum_draws(tasks, options), DEMOS_AFTER
-    deal = dealt(draws, options, run.world * options.accumulate)
+    deal = data.by_length(draws, options.bucket_steps, options.seed, run.world * options.accumulate)
 
     def get_batch(step, micro):
         return instructed_batch(deal(step, micro), tokenizer, options)
@@ -209,7 +191,7 @@ def train_lora_all(options, run):
     for p in parameters.values():
         p.requires_grad_()
     draws = mixed_draws(tasks, options, data.chances(tasks, options.balance))
-    deal = dealt(draws, options, run.world * options.accumulate)
+    deal = data.by_length(draws, options.bucket_steps, options.seed, run.world * options.accumulate)
 
     def get_batch(step, micro):
         return instructed_batch(deal(step, micro), tokenizer, options)
@@ -227,8 +209,7 @@ def train_lora_all(options, run):
 def load_frozen_llm(options, run):
     """(the frozen LLM with places for LoRA weights, its tokenizer, where it is)."""
     if options.optimizer == "adafactor":
-        raise UserError("--optimizer adafactor takes norms over all teachers at once; choose adamw "
-                        "for lora")
+        raise UserError("--optimizer adafactor takes norms over teachers; choose adamw for lora")
     path = t5.llm_path(options, run.found)
     llm, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
     llm.requires_grad_(False).eval()
@@ -254,6 +235,7 @@ def train_lora(options, run):
     if len({lora.teacher_folder(run.folder, name) for name in teachers}) < len(teachers):
         raise UserError(f"--unit {options.unit}: two names differ only in signs that a folder's "
                         "name cannot have; rename one")
+    tagi = load_start(options, run, path, tasks_of) if options.init_from else None
     # From here on --fresh has removed what was there. A rerun sees what these teachers are.
     run.begin(path, log=False)
     if run.rank == 0:
@@ -266,7 +248,7 @@ def train_lora(options, run):
             if not common.is_finished(lora.teacher_folder(run.folder, teacher)):
                 left.append(teacher)
         if left:
-            train_group(run, llm, tokenizer, left, tasks_of)
+            train_group(run, llm, tokenizer, left, tasks_of, tagi)
 
     common.wait_for_all_ranks()
     if run.rank == 0:
@@ -276,12 +258,30 @@ def train_lora(options, run):
     run.stop.leave_if_asked(options.device)
 
 
-def train_group(run, llm, tokenizer, group, tasks_of):
-    """Train a group of U independent teachers in batches that mix them."""
+def load_start(options, run, path, tasks_of):
+    """The TAGI of --init-from. Raises UserError where it generates no start for these teachers."""
+    if max(map(len, tasks_of.values())) > 1:    # a mean of products B·A is no such product
+        raise UserError("--init-from generates the start of a teacher from its one task, and with "
+                        f"--unit {options.unit} some have several; choose --unit task")
+    folder = options.init_from
+    tagi = TAGI.load(folder, options.device, options.precision)
+    lora.check_fits(run.record(), folder, vars(tagi.options), ("rank", "alpha", "targets"), path,
+                    "name another with --init-from")
+    if tagi.generator is None:
+        raise UserError(f"{folder} has --generator none, so it generates no LoRA; name another")
+    return tagi
+
+
+def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
+    """Train U independent teachers in batches that mix them, from what a given TAGI generates."""
     # Every teacher gets the gradient and the step that it would get alone: losses are added up,
     # each the mean over its own label tokens, and AdamW works element by element.
     options, U = run.options, len(group)
     weights = lora.init_weights(llm, options.rank, options.seed, U)     # site -> (U, r, D_in), ..
+    if tagi is not None:
+        generated = tagi.adapt([tasks_of[teacher][0].definitions[0] for teacher in group]).weights
+        for p, start in zip(lora.flatten(weights).values(), lora.flatten(generated).values()):
+            p.copy_(start)
     parameters = {}
     for site, pair in weights.items():
         for i, p in enumerate(pair):
@@ -301,7 +301,7 @@ def train_group(run, llm, tokenizer, group, tasks_of):
 
         def own_draws(step, micro):
             return draws(step, numbers[teacher] + len(tasks_of) * micro)
-        return dealt(own_draws, options, options.accumulate)
+        return data.by_length(own_draws, options.bucket_steps, options.seed, options.accumulate)
 
     deals = [draws_of(teacher) for teacher in group]
 
@@ -362,7 +362,7 @@ def train_base(options, run):
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder; --model tiny needs a tokenizer beside its data: "
                         "python -m bench.sample")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = t5.load_tokenizer(path)
     run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
     # Each document is cut in two: the encoder reads the first part, the rest is the target.
     documents = data.read_documents(options.text)
@@ -372,7 +372,7 @@ def train_base(options, run):
     def draws(step, micro):
         return data.draw_documents(documents, data.rng_of(options.seed, step, micro), n)
 
-    deal = dealt(draws, options, run.world * options.accumulate)
+    deal = data.by_length(draws, options.bucket_steps, options.seed, run.world * options.accumulate)
 
     def get_batch(step, micro):
         rng = data.rng_of(options.seed, step, micro, 3)
@@ -426,18 +426,18 @@ STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora, "lora-all"
 
 @common.command
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     for stage in stages_of(argv):
         options = config.parse(parser(), stage.replace("-", "_"), argv)
         options.stage = stage
         if stage == "lora-all":
             options.unit = "all"
+        if options.init_from and stage != "lora":
+            raise UserError(f"--init-from is for LoRA teachers; --stage {stage} has no use for it")
         rank, world = common.init_processes(options.device)
         sample.ensure_suite(options.data, rank)
         common.wait_for_all_ranks()             # rank 0 may be writing, or saving the stage before
         # What it reads: base plain text, the others the training tasks.
-        is_text = stage == "base"
-        digests = data.text_digest(options.text) if is_text else data.tasks_digest(options)
+        digests = data.text_digest(options.text) if stage == "base" else data.tasks_digest(options)
         folder = os.path.join(options.runs, options.name or stage)
         # LoRA teachers are shared out among ranks; what else there is they train together.
         run = common.Run(folder, options, rank, world, digests,

@@ -473,6 +473,24 @@ def test_teachers_and_students_of_another_alpha_are_refused_before_anything_is_w
     assert not (project.runs / "evaluate").exists()
 
 
+def test_teachers_do_not_start_from_a_tagi_of_another_kind(project):
+    """Another rank, alpha, set of projections or LLM, no generator, several tasks a teacher, or no teacher at all."""
+    start = ("--name=other", "--unit=task", "--init-from")
+    folder = project.runs / "finetune"
+    for flag, said in (("--rank=3", "rank 2, not 3"), ("--alpha=4", "alpha 2.0, not 4.0"),
+                       ("--targets=q,v", "targets q,k,v,o, not q,v"), ("--unit=category", "--unit task"),
+                       ("--unit=all", "--unit task"), (f"--llm={project.runs}/base", "another LLM")):
+        line = project.refuses("lora", *start, folder, flag)
+        assert said in line and ("--init-from" in line or "another LLM" in line)
+    line = project.refuses("lora", *start, project.runs / "nowhere")
+    assert str(project.runs / "nowhere") in line
+    assert str(project.runs / "meta") in project.refuses("lora", *start, project.runs / "meta")
+    assert "lora-all" in project.refuses("lora-all", *start, folder)
+    project.run("finetune", "--name=fusion", "--generator=none", "--lambda-ins=0")
+    assert "generates no LoRA" in project.refuses("lora", *start, project.runs / "fusion")
+    assert not (project.runs / "other").exists()
+
+
 def test_teachers_and_students_from_before_alpha_was_recorded_still_load(project):
     records = [*project.runs.glob("lora/*/config.yaml"), project.runs / "pretrain" / "config.yaml"]
     for record in records:

@@ -21,6 +21,7 @@ import common
 import config
 import data
 import evaluate
+import lora
 import t5
 import train_hyper
 import train_teacher
@@ -320,6 +321,28 @@ def test_teachers_and_students_per_task(project):
     assert sorted(path.parent.name for path in project.runs.glob("lora/*/model.safetensors")) == sorted(names)
     project.run("finetune", "--name=other", "--unit=task")
     assert {"kl", "ins"} <= project.log("other")[0].keys()
+
+
+def test_teachers_start_from_what_a_tagi_generates(project):
+    """With a learning rate of 0 they are what the checkpoint generates for the tasks' definitions; else they train it."""
+    folder, given = project.runs / "finetune", ("--unit=task", "--demos=0")
+    project.run("lora", "--name=start", "--init-from", folder, "--lr=0", *given)
+    tagi = evaluate.TAGI.load(str(folder))
+    tasks = sorted(data.load_sni(str(project.data), "train"), key=lambda task: task.name)
+    generated = tagi.adapt([task.definitions[0] for task in tasks]).weights
+    for n, task in enumerate(tasks):
+        weights, expected = project.weights("start", task.name), lora.flatten(lora.select(generated, n))
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert any(B.any() for _, B in generated.values())
+    assert project.record("start", tasks[0].name)["init_from"] == str(folder)
+    # From there they train, and end elsewhere than those that start at zero.
+    project.run("lora", "--name=further", "--init-from", folder, *given)
+    project.run("lora", "--name=zero", *given)
+    start, further, zero = (project.weights(name, tasks[0].name) for name in ("start", "further", "zero"))
+    assert not any(torch.equal(further[name], start[name]) for name in further)
+    assert not any(torch.equal(further[name], zero[name]) for name in further)
+    assert "--init-from" in project.refuses("lora", "--name=further", *given)
 
 
 @pytest.mark.parametrize("flags", [["--generator=mean"], ["--width=32"], ["--rank=3", "--lambda-kl=0", "--lambda-ins=0"],

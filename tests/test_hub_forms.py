@@ -266,7 +266,7 @@ def test_what_meta_saves_computes_what_the_published_file_does(kind, suite, tmp_
             logits.append(t5.logits(llm.eval(), *batch, data.labels(tokenizer, OUTPUTS, 64)))
         ids.append(batch[0])
         folder = tmp_path / str(step)
-        train_teacher.save_llm(str(folder), vars(options), llm, tokenizer, finished=True)
+        t5.save_llm(str(folder), vars(options), llm, tokenizer, finished=True)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[0], ids[2])
 

@@ -14,7 +14,6 @@ import config
 import data
 import lora
 import t5
-import train_teacher
 from conftest import (ALL, INPUTS, INSTRUCTIONS, KINDS, OUTPUTS, close, lengthen, make_llm, make_random_tagi, make_tagi,
                       make_tokenizer, randomize, student_options, tokens)
 from hypernet import TAGI
@@ -480,7 +479,7 @@ def checkpoint(tmp_path):
     tagi, plain = make_tagi("v1.1", *ALL)
     randomize(tagi)
     options = tagi.options
-    train_teacher.save_llm(str(tmp_path / "llm"), vars(options), plain, tagi.tokenizer, finished=True)
+    t5.save_llm(str(tmp_path / "llm"), vars(options), plain, tagi.tokenizer, finished=True)
     options.llm_path, options.llm_is_relative, options.llm_fingerprint = "../llm", True, t5.fingerprint(plain)
     common.save_checkpoint(str(tmp_path / "tagi"), vars(options), tagi.trainable(), step=3, finished=True)
     return tagi, tmp_path / "tagi", tmp_path / "llm"
@@ -513,7 +512,7 @@ def test_a_checkpoint_of_other_options_is_refused(checkpoint, key, value):
 def test_a_checkpoint_of_another_llm_is_refused(checkpoint, kind, seed):
     """Also where all shapes are the same."""
     tagi, folder, llm_folder = checkpoint
-    train_teacher.save_llm(str(llm_folder), vars(tagi.options), make_llm(kind, seed), tagi.tokenizer, finished=True)
+    t5.save_llm(str(llm_folder), vars(tagi.options), make_llm(kind, seed), tagi.tokenizer, finished=True)
     with pytest.raises(common.UserError, match="another LLM"):
         TAGI.load(str(folder))
 

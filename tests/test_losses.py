@@ -309,7 +309,7 @@ def runs(tmp_path_factory, tasks):
     llm = make_llm("v1.1").requires_grad_(False)
     common_flags = [f"--runs={root}", f"--data={root}/data", "--llm=meta", "--rank=2", "--alpha=3", "--device=cpu", "--unit=task"]
     options = train_teacher.parser().parse_args(common_flags)
-    train_teacher.save_llm(f"{root}/meta", vars(options), llm, make_tokenizer(), finished=True)
+    t5.save_llm(f"{root}/meta", vars(options), llm, make_tokenizer(), finished=True)
     options.llm_fingerprint = FINGERPRINT
     lora.inject_lora(llm, ["q", "v"], 2, 3)
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ from conftest import INPUTS, KINDS, OUTPUTS, apart, make_llm, make_tokenizer
 def test_a_saved_llm_comes_back_bit_for_bit_and_its_head_stays_tied_or_untied(kind, tmp_path):
     """Saved as stages do it, and load_llm: the same weights, logits, answers, fingerprint and tokenizer."""
     llm, tokenizer = make_llm(kind), make_tokenizer()
-    train_teacher.save_llm(str(tmp_path), vars(train_teacher.parser().parse_args([])), llm, tokenizer, finished=True)
+    t5.save_llm(str(tmp_path), vars(train_teacher.parser().parse_args([])), llm, tokenizer, finished=True)
     loaded, loaded_tokenizer = t5.load_llm(str(tmp_path))
     assert type(loaded) is type(llm) and loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
     assert loaded_tokenizer(INPUTS)["input_ids"] == tokenizer(INPUTS)["input_ids"]

@@ -135,6 +135,20 @@ def test_teachers_under_way_go_on_where_they_were(finished, tmp_path, monkeypatc
     assert not list(cut.runs.glob("lora/unfinished-*"))
 
 
+@pytest.mark.numbers
+def test_teachers_that_started_from_a_tagi_go_on_where_they_were(finished, tmp_path, monkeypatch):
+    straight, cut = (finished.copy(tmp_path / name, ("meta",)) for name in ("straight", "cut"))
+    flags = (*FOUR, "--unit=task", "--teachers-at-once=7", "--init-from", finished.runs / "finetune")
+    straight.run("lora", *flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 2, interrupt)
+        cut.run("lora", *flags)
+    cut.run("lora", *flags)
+    names = sorted(path.parent.name for path in straight.runs.glob("lora/*/model.safetensors"))
+    assert len(names) == 12
+    assert all(same(cut.weights("lora", name), straight.weights("lora", name)) for name in names)
+
+
 def test_ctrl_c_in_the_last_step_of_a_group_of_teachers_keeps_them(finished, tmp_path, monkeypatch):
     cut = finished.copy(tmp_path / "cut", ("meta",))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):

@@ -261,6 +261,20 @@ def closest(name: str, allowed, prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
+def check_fits(expected: dict, folder: str, record: dict, keys, llm_path: str, remedy: str):
+    """Raises UserError where `folder`, with the config.yaml `record`, is of another LLM or LoRA.
+
+    expected: the llm_fingerprint and, of `keys`, the options that are needed.
+    """
+    fingerprint = record["llm_fingerprint"]
+    common.check_fingerprint(expected["llm_fingerprint"], fingerprint, folder, llm_path)
+    for key in keys:                                # another alpha's would load, rescaled
+        new = expected[key]
+        if record.get(key, new) != new:
+            raise common.UserError(f"{folder} was trained with --{key} {record[key]}, not {new}; "
+                                   f"use the same, or {remedy}")
+
+
 # ------------------------------------------------------------------------------------- optimizer
 
 def learning_rate(options, step: int, restart: float = 0.0) -> float:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import common
+import config
 import t5
 from common import UserError
 
@@ -174,8 +175,7 @@ def svd_factors(weights: Weights) -> Weights:
     {site: (lora_A (.., r, D_in), lora_B (.., D_out, r))}, of any dtype, and the same comes back.
     Singular values fall from row to row of A; a row's entry of largest magnitude is positive.
     """
-    # Of all A·M and M⁻¹·B one pair is picked, up to singular values that are alike. The SVD is that
-    # of an r × r matrix: B·A = Q_B (R_B R_Aᵀ) Q_Aᵀ.
+    # The SVD is that of an r × r matrix: B·A = Q_B (R_B R_Aᵀ) Q_Aᵀ.
     factors = {}
     for name, (A, B) in weights.items():
         Q_A, R_A = torch.linalg.qr(A.double().mT)       # (.., D_in, k), (.., k, r); k = min(D, r)
@@ -248,20 +248,6 @@ def save_teacher(folder: str, record: dict, teacher: str, weights: Weights) -> N
                            flatten(weights), step=record["steps"], finished=True)
 
 
-def check_fits(expected: dict, folder: str, record: dict, keys, llm_path: str, remedy: str) -> None:
-    """Raises UserError where `folder`, with the config.yaml `record`, is of another LLM or LoRA.
-
-    expected: the llm_fingerprint and, of `keys`, the options that are needed.
-    """
-    fingerprint = record["llm_fingerprint"]
-    common.check_fingerprint(expected["llm_fingerprint"], fingerprint, folder, llm_path)
-    for key in keys:                                # another alpha's would load, rescaled
-        new = expected[key]
-        if record.get(key, new) != new:
-            raise UserError(f"{folder} was trained with --{key} {record[key]}, not {new}; use the "
-                            f"same, or {remedy}")
-
-
 def check_teachers(folder: str, teachers: list[str], expected: dict, command: str) -> None:
     """Raises UserError where a teacher is not there or not finished, or not as expected.
 
@@ -272,8 +258,8 @@ def check_teachers(folder: str, teachers: list[str], expected: dict, command: st
         if not common.is_finished(path):
             raise UserError(f"{path}: no LoRA teacher for {teacher}; first run {command}")
         record = vars(common.load_options(path, "llm_fingerprint"))
-        check_fits(expected, path, record, ("rank", "alpha"), "the frozen LLM's folder",
-                   f"train it again: {command} --fresh")
+        config.check_fits(expected, path, record, ("rank", "alpha"),
+                          "the frozen LLM's folder", f"train it again: {command} --fresh")
 
 
 def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: dict,
@@ -311,9 +297,8 @@ class Adapter:
         return len(self.mask)
 
     def __getitem__(self, index) -> "Adapter":
-        if isinstance(index, slice):
-            return self.select(range(len(self))[index])
-        return self.select([range(len(self))[index]])           # raises IndexError
+        rows = range(len(self))[index]                          # raises IndexError
+        return self.select(rows if isinstance(index, slice) else [rows])
 
     def __repr__(self):
         rank = next(iter(self.weights.values()))[0].shape[1] if self.weights else 0
@@ -341,44 +326,36 @@ class Adapter:
         Exact for LoRA, whose factors are concatenated along the rank. The instructions' states
         stand one after the other and fusion attends to all of them; in the encoder each one's
         values are multiplied by n times its weight, so that an adapter with itself is itself.
-        Raises UserError where counts differ, all weights are 0, or models do.
+        Raises UserError where that cannot be done.
         """
         weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
-        if len(weights) != len(adapters) or any(len(adapter) != 1 for adapter in adapters):
-            raise UserError(f"{len(weights)} weights for {len(adapters)} adapters; give each one "
-                            "weight, and combine adapters of one task")
         pairs = [(adapter, w) for adapter, w in zip(adapters, weights) if w != 0]
-        if not pairs or not all(math.isfinite(w) for w in weights):
-            raise UserError(f"weights {weights} leave nothing to combine; give finite numbers, not "
-                            "all of them 0")
+        if (len(weights) != len(adapters) or not pairs or not all(map(math.isfinite, weights))
+                or any(len(a) != 1 or a.model is not pairs[0][0].model for a, _ in pairs)):
+            raise UserError(f"weights {weights} for {len(adapters)} adapters: give each a finite "
+                            "one, not all of them 0, and adapters of one task and one model")
         first, n = pairs[0][0], len(pairs)
-        if any(adapter.model is not first.model for adapter, _ in pairs):
-            raise UserError("adapters of several models cannot be combined; use one model's")
-        combined = None
-        if first.weights is not None:
-            combined = {}
-            for site in first.weights:
-                A = [adapter.weights[site][0] for adapter, _ in pairs]
-                B = [adapter.weights[site][1] * (w * adapter.scale) for adapter, w in pairs]
-                combined[site] = torch.cat(A, 1), torch.cat(B, 2)       # (1, n·r, D_in), ..
+        combined = {}
+        for site in first.weights or {}:
+            A = [adapter.weights[site][0] for adapter, _ in pairs]
+            B = [adapter.weights[site][1] * (w * adapter.scale) for adapter, w in pairs]
+            combined[site] = torch.cat(A, 1), torch.cat(B, 2)       # (1, n·r, D_in), (1, D_out, n·r)
         fusion = []
         for l in range(len(first.fusion)):
             keys = [adapter.fusion[l][0] for adapter, _ in pairs]
             values = [adapter.fusion[l][1] * (n * w * adapter.scale) for adapter, w in pairs]
             fusion.append((torch.cat(keys, 2), torch.cat(values, 2)))           # (1, H, ΣS, d_kv)
-        tasks = None
-        if first.tasks is not None:
-            tasks = [{"combined": [{"weight": w * a.scale} | a.tasks[0] for a, w in pairs]}]
-        return Adapter(combined, torch.cat([adapter.states for adapter, _ in pairs], 1),
-                       torch.cat([adapter.mask for adapter, _ in pairs], 1), fusion, 1.0, tasks,
-                       first.model, first.record)
+        parts = [{"weight": w * a.scale} | (a.tasks or [{}])[0] for a, w in pairs]
+        return Adapter(combined or None, torch.cat([adapter.states for adapter, _ in pairs], 1),
+                       torch.cat([adapter.mask for adapter, _ in pairs], 1), fusion, 1.0,
+                       [{"combined": parts}], first.model, first.record)
 
     # ------------------------------------------------------------------------------------- files
 
     def check(self, model) -> None:
         """Make it `model`'s own. Raises UserError where another model made it."""
         if self.model is model or (self.model is None and self.record is None):
-            return                                      # its own, or one that a training step made
+            return                                      # its own, or a training step's
         theirs, ours = self.record or record_of(self.model), record_of(model)
         for key in ("llm_fingerprint", "targets", "rank", "alpha", "format", "fusion",
                     "shared_digest"):
@@ -388,17 +365,14 @@ class Adapter:
         self.model, device = model, model.device
         self.states, self.mask = self.states.to(device), self.mask.to(device)
         self.fusion = [(keys.to(device), values.to(device)) for keys, values in self.fusion]
-        if self.weights is not None:
-            self.weights = {name: (A.to(device), B.to(device))
-                            for name, (A, B) in self.weights.items()}
+        for name, (A, B) in (self.weights or {}).items():
+            self.weights[name] = (A.to(device), B.to(device))
 
     def save(self, folder: str) -> None:
-        """Write all that answers need beside the frozen LLM; for `load`, and for TAGI.load.
-
-        The folder is a checkpoint without a hypernetwork, and adapter.safetensors. Raises UserError
-        where it is there already or cannot be written, and then leaves nothing.
-        """
-        model = self._its_model("saved")
+        """Write all that answers need beside the frozen LLM: a checkpoint without a hypernetwork,
+        for TAGI.load, and adapter.safetensors, for `load`. Raises UserError where the folder is
+        there already or cannot be written, and then leaves nothing."""
+        model = loaded(self.model)
         tensors = {"states": self.states, "mask": self.mask} | flatten(self.weights or {})
         for l, (keys, values) in enumerate(self.fusion):
             tensors |= {f"fusion.{l}.keys": keys, f"fusion.{l}.values": values}
@@ -425,58 +399,49 @@ class Adapter:
         return cls(weights or None, states, mask, fusion, record["scale"], record["adapted_to"],
                    record=record)
 
-    def _its_model(self, what: str):
-        if self.model is None or self.model.llm_path is None:
-            raise UserError(f"it cannot be {what}: it is of no model that TAGI.load loaded")
-        return self.model
-
-    def lost(self) -> list[str]:
-        """What of the adapter and its model is no LoRA, which a plain T5 would go without."""
-        has = {"fusion": self.model.options.fusion != "none",
-               "embeddings": self.model.embedding_delta is not None}
-        return [name for name, there in has.items() if there]
-
-    def _check_lost(self, lossy: bool, parts: list[str]) -> None:
-        lost = [name for name in self.lost() if name in parts]
+    def _for_others(self, lossy: bool, parts: list[str]):
+        """(its model, which of these parts a LoRA cannot hold). Raises UserError for a loss."""
+        model = loaded(self.model)
+        has = {"fusion": model.options.fusion != "none",
+               "embeddings": model.embedding_delta is not None}
+        lost = [part for part in parts if has[part]]
         if lost and not lossy:
-            raise UserError(f"{' and '.join(lost)} would be lost, being no LoRA: keep the adapter "
-                            "with --save, use a checkpoint trained with --fusion none "
-                            "--no-train-embeddings (configs/sample-lora-only.yaml), or take what "
-                            "is left with --lossy")
+            raise UserError(f"{' and '.join(lost)} would be lost, being no LoRA: --save the adapter, "
+                            "use a checkpoint of --fusion none --no-train-embeddings, or --lossy")
         if len(self) != 1 or self.weights is None:
             raise UserError("this takes the LoRA of one task; select one")
+        return model, lost
 
     def export(self, folder: str, lossy: bool = False) -> None:
-        """Write it as PEFT's files, with a card; needs no peft.
+        """Write it as PEFT's files, with a card; norm gains go along as `modules_to_save`.
 
-        Norm gains go along as `modules_to_save`. Raises UserError where fusion or embeddings would
-        be lost, unless lossy; where the folder is there already or cannot be written.
+        Raises UserError where fusion or embeddings would be lost, unless lossy, and as `save`.
         """
-        model = self._its_model("exported")
-        self._check_lost(lossy, ["fusion", "embeddings"])
+        model, lost = self._for_others(lossy, ["fusion", "embeddings"])
         options, (task,) = model.options, self.tasks
         r = next(iter(self.weights.values()))[0].shape[1]       # a combination's is larger
         alpha = options.alpha / options.rank * r * self.scale
-        facts = {"rank, alpha, scale": f"{r}, {alpha:g}, {self.scale:g}",
-                 "hypernetwork's weights (digest)": t5.tensors_digest(model.trainable())}
         with t5.new_folder(folder) as unfinished:
             t5.write_peft(unfinished, model.llm_path, select(self.weights, 0), alpha,
                           options.targets.split(","), t5.scaled_norms(model.llm, model.norm_gains))
-            common.write_text(f"{unfinished}/README.md", t5.card(task, model, facts, self.lost()))
+            text = t5.card(task, model, f"{r}, {alpha:g}, {self.scale:g}", lost)
+            common.write_text(f"{unfinished}/README.md", text)
 
     def merge_into_t5(self, folder: str, lossy: bool = False) -> None:
-        """Write the frozen LLM with this LoRA, norm gains and embeddings merged: a plain T5.
-
-        Raises UserError as `export`; embeddings are not lost here.
-        """
-        model = self._its_model("merged")
-        self._check_lost(lossy, ["fusion"])
+        """Write the frozen LLM, this LoRA, gains and embeddings as a plain T5; raises as `export`."""
+        model, _ = self._for_others(lossy, ["fusion"])          # embeddings are not lost here
         model.merge(self)
         try:
             t5.write_merged(folder, model.llm, model.tokenizer, model.norm_gains,
                             model.embedding_delta)
         finally:
             model.unmerge()
+
+
+def loaded(model):
+    if model is None or model.llm_path is None:
+        raise UserError("this adapter is of no model that TAGI.load loaded; make it by one")
+    return model
 
 
 def record_of(model) -> dict:

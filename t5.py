@@ -269,14 +269,16 @@ def write_peft(folder: str, base: str, weights: dict, alpha: float, targets: lis
     common.write_text(f"{folder}/adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def card(task: dict, model, facts: dict, lost: list[str]) -> str:
+def card(task: dict, model, numbers: str, lost: list[str]) -> str:
     """The README.md that goes with an export: what the hypernetwork read, and from what."""
     options = model.options
     data_form = "<the input>" if model.verbatim else "Input: <the input>\\nOutput: "
-    facts |= {"frozen LLM (fingerprint)": options.llm_fingerprint,
-              "training data (digest)": getattr(options, "data_digest", "not recorded"),
-              "score of the whole model": getattr(options, "score", "not recorded"),
-              "score of what is here": "the same: nothing is left out"}
+    facts = {"rank, alpha, scale": numbers,
+             "hypernetwork's weights (digest)": tensors_digest(model.trainable()),
+             "frozen LLM (fingerprint)": options.llm_fingerprint,
+             "training data (digest)": getattr(options, "data_digest", "not recorded"),
+             "score of the whole model": getattr(options, "score", "not recorded"),
+             "score of what is here": "the same: nothing is left out"}
     if lost:
         facts["score of what is here"] = f"not measured: {' and '.join(lost)} are left out"
     parts = []

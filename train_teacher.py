@@ -265,7 +265,7 @@ def load_start(options, run, path, tasks_of):
                         f"--unit {options.unit} some have several; choose --unit task")
     folder = options.init_from
     tagi = TAGI.load(folder, options.device, options.precision)
-    lora.check_fits(run.record(), folder, vars(tagi.options), ("rank", "alpha", "targets"), path,
+    config.check_fits(run.record(), folder, vars(tagi.options), ("rank", "alpha", "targets"), path,
                     "name another with --init-from")
     if tagi.generator is None:
         raise UserError(f"{folder} has --generator none, so it generates no LoRA; name another")

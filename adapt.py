@@ -61,8 +61,7 @@ def parser():
     add = p.add_argument_group("inputs").add_argument
     add("--input", action="append", default=[], help="a text to answer; may be given several times")
     add("--inputs", help="file with an input a line; -: standard input, answered line by line")
-    add("--instructions", help="file of JSON lines with instruction, input and, if wanted, "
-                               "demonstrations: many tasks, answered in mixed batches")
+    add("--instructions", help="file of JSON lines: instruction, input and, if any, demonstrations")
     add("--batch-size", type=config.positive, help="inputs answered at a time; default: 32")
     add = p.add_argument_group("answers, files").add_argument
     add("--choices", help="answers to choose from, with | between them")
@@ -110,7 +109,7 @@ def get_options(argv=None):
 
 def answers(tagi, adapter, inputs: list[str], options) -> list[dict]:
     """{"output": .., "scores": of --choices} for each input; words not known are named."""
-    name_unknown_words(tagi, inputs)
+    t5.warn_of_unknown_words(tagi.tokenizer, inputs)
     if options.choices is None:
         texts = tagi.generate(inputs, adapter, len(inputs), options.beams, options.max_output,
                               do_sample=options.sample)
@@ -133,9 +132,9 @@ def read_inputs(options):
     if options.inputs == "-":
         yield from map(str.rstrip, sys.stdin)
     elif options.inputs:
-        with common.named_file(options.inputs, "name a file with an input a line"):
-            with open(options.inputs, encoding="utf-8") as f:
-                lines = f.read().splitlines()
+        remedy = "name a file with an input a line"
+        with common.named_file(options.inputs, remedy), open(options.inputs, encoding="utf-8") as f:
+            lines = f.read().splitlines()
         yield from tqdm(lines, disable=sys.stdout.isatty() or None)     # else between the answers
 
 
@@ -160,7 +159,7 @@ def answer_file(tagi, options) -> None:
     for batch in data.batches(rows, options.batch_size or 32):
         inputs = [row["input"] for row in batch]
         texts = [row["instruction"] for row in batch]
-        name_unknown_words(tagi, texts)
+        t5.warn_of_unknown_words(tagi.tokenizer, texts)
         adapters = tagi.adapt(texts, [row["demonstrations"] for row in batch], options.scale)
         for row, answer in zip(batch, answers(tagi, adapters, inputs, options)):
             tell(answer, options, instruction=row["instruction"], input=row["input"])
@@ -172,18 +171,12 @@ def ask(tagi, options) -> None:
         try:
             text = input("instruction: ").strip()
             adapter = tagi.adapt([text], scale=options.scale) if text else None
-            name_unknown_words(tagi, [text])
+            t5.warn_of_unknown_words(tagi.tokenizer, [text])
             while text and (its_input := input("input: ").strip()):
                 options.input = [its_input]
                 answer_all(tagi, adapter, options)
         except EOFError:
             return print(file=sys.stderr)
-
-
-def name_unknown_words(tagi, texts) -> None:
-    unknown = t5.unknown_words(tagi.tokenizer, texts)
-    if unknown:
-        print(f"warning: words the model does not know: {', '.join(unknown)}", file=sys.stderr)
 
 
 def compare(tagi, options) -> None:
@@ -215,16 +208,24 @@ def compare(tagi, options) -> None:
           novelty.tell(tagi, instruction, options.checkpoint))
 
 
+def index(tagi, checkpoint: str) -> None:
+    """Write beside a checkpoint what `compare` reads."""
+    o, split = tagi.options, "validation"
+    there = os.path.isfile(data.split_file(o.data, split))
+    validation = data.load_sni(o.data, split, 1) if there else []
+    novelty.write_index(tagi, checkpoint, data.training_tasks(o, 1), validation)
+
+
 @common.command
 def main(argv=None):
     o = get_options(argv)
     tagi = TAGI.load(o.adapter or o.checkpoint, o.device, o.precision)
     torch.manual_seed(o.seed)                   # after the load, which makes weights
     if o.index:
-        return novelty.write_index(tagi, o.checkpoint)
+        return index(tagi, o.checkpoint)
     if o.instructions:
         return answer_file(tagi, o)
-    name_unknown_words(tagi, o.instruction)
+    t5.warn_of_unknown_words(tagi.tokenizer, o.instruction)
     if o.compare:
         return compare(tagi, o)
     if o.adapter:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import string
+import sys
 import tempfile
 
 import torch
@@ -108,6 +109,12 @@ def unknown_words(tokenizer, texts: list[str]) -> list[str]:
         if tokenizer.unk_token_id in row:
             unknown.append(word.strip(string.punctuation) or word)
     return list(dict.fromkeys(unknown))
+
+
+def warn_of_unknown_words(tokenizer, texts: list[str]) -> None:
+    unknown = unknown_words(tokenizer, texts)
+    if unknown:
+        print(f"warning: words the model does not know: {', '.join(unknown)}", file=sys.stderr)
 
 
 def check_family(path: str, written: dict, attention: str) -> None:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import common
-import data
 from common import UserError
 
 FILE = "instructions.safetensors"
@@ -22,9 +21,12 @@ SHARE = 0.05                    # of the validation tasks, which are to be calle
 WORDINGS = 3                    # of a training task that has several
 
 
-def write_index(tagi, checkpoint: str) -> None:
-    """Write the checkpoint's training instructions, encoded, and the threshold, beside it."""
-    tasks, texts, number = data.training_tasks(tagi.options, 1), [], []
+def write_index(tagi, checkpoint: str, tasks, validation) -> None:
+    """Write training tasks' instructions, encoded, and the threshold, beside the checkpoint.
+
+    validation: tasks that choose the threshold; without any, each training task beside the others.
+    """
+    texts, number = [], []
     for n, task in enumerate(tasks):
         for definition in task.definitions[:WORDINGS]:
             texts.append(definition)
@@ -33,18 +35,17 @@ def write_index(tagi, checkpoint: str) -> None:
     vectors = encode(tagi, texts)
     mean = vectors.mean(0)
     trained = centered(vectors, mean)
-    root, split = tagi.options.data, "validation"
-    if os.path.isfile(data.split_file(root, split)):
-        others = [task.definitions[0] for task in data.load_sni(root, split, 1)]
-        cosines = centered(encode(tagi, others), mean) @ trained.T
-    else:                       # no validation tasks: each training task beside all others
+    if validation:
+        others = encode(tagi, [task.definitions[0] for task in validation])
+        cosines = centered(others, mean) @ trained.T
+    else:
         cosines = trained @ trained.T
         cosines = cosines.masked_fill(number[:, None] == number, -1)
     threshold = float(np.quantile(cosines.max(1).values.numpy(), SHARE))
     metadata = {"names": json.dumps([task.name for task in tasks]), "threshold": str(threshold)}
     path = f"{checkpoint}/{FILE}"
     with common.named_file(path, "choose a folder that can be written", "written"):
-        tensors = {"vectors": trained.half(), "mean": mean, "task": number.short()}
+        tensors = {"vectors": trained.half(), "mean": mean, "task": number.int()}
         common.save_tensors(path, tensors, metadata)
     print(f"{path}: {len(tasks)} tasks, far below a cosine of {threshold:.3f}")
 
@@ -53,12 +54,12 @@ def write_index(tagi, checkpoint: str) -> None:
 def encode(tagi, texts: list[str]) -> torch.Tensor:
     """(U, D): the mean embeddings of instructions, of length 1."""
     vectors = []
-    for batch in data.batches(texts, 64):
-        ids, mask = data.tokenize_instructed(tagi.tokenizer, [(text, []) for text in batch],
-                                             tagi.options.max_instruction, tagi.device,
-                                             tagi.verbatim)                     # (N, S)
-        states = tagi.llm.get_input_embeddings()(ids).float() * mask[..., None]     # (N, S, D)
-        vectors.append(F.normalize(states.sum(1), dim=-1).cpu())
+    for start in range(0, len(texts), 64):
+        batch = tagi.tokenizer(texts[start:start + 64], padding=True, truncation=True,
+                               max_length=tagi.options.max_instruction, return_tensors="pt")
+        states = tagi.llm.get_input_embeddings()(batch.input_ids.to(tagi.device)).float().cpu()
+        states = states * batch.attention_mask[..., None]                       # (N, S, D)
+        vectors.append(F.normalize(states.sum(1), dim=-1))
     return torch.cat(vectors)
 
 

@@ -204,15 +204,14 @@ def compare(tagi, options) -> None:
             begin = time.perf_counter()
             answer = way(text)
             print(f"  {name:36} {(time.perf_counter() - begin) * 1e3:7.1f} ms   {answer}")
-    print(f"adapter made in {made * 1e3:.1f} ms;",
-          novelty.tell(tagi, instruction, options.checkpoint))
+    print(f"adapter made in {made * 1e3:.1f} ms;", novelty.tell(tagi, instruction, options.checkpoint))
 
 
 def index(tagi, checkpoint: str) -> None:
     """Write beside a checkpoint what `compare` reads."""
-    o, split = tagi.options, "validation"
-    there = os.path.isfile(data.split_file(o.data, split))
-    validation = data.load_sni(o.data, split, 1) if there else []
+    o, split, validation = tagi.options, "validation", []
+    if os.path.isfile(data.split_file(o.data, split)):
+        validation = data.load_sni(o.data, split, 1)
     novelty.write_index(tagi, checkpoint, data.training_tasks(o, 1), validation)
 
 

@@ -413,10 +413,9 @@ class Adapter:
         return model, lost
 
     def export(self, folder: str, lossy: bool = False) -> None:
-        """Write it as PEFT's files, with a card; norm gains go along as `modules_to_save`.
-
-        Raises UserError where fusion or embeddings would be lost, unless lossy, and as `save`.
-        """
+        """Write it as PEFT's files, with a card. Norm gains go along as `modules_to_save`, which
+        PEFT reads, but Transformers 5.17's own load_adapter reads wrong. Raises UserError where
+        fusion or embeddings would be lost, unless lossy, and as `save`."""
         model, lost = self._for_others(lossy, ["fusion", "embeddings"])
         options, (task,) = model.options, self.tasks
         r = next(iter(self.weights.values()))[0].shape[1]       # a combination's is larger

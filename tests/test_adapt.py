@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import AutoModelForSeq2SeqLM
 
@@ -277,9 +278,11 @@ def test_a_merged_model_is_a_plain_t5_of_the_same_logits(tmp_path, kind):
 
 # -------------------------------------------------------------------------------------------- PEFT
 
-@pytest.fixture(scope="module")
-def exported(alone, tmp_path_factory):
+@pytest.fixture(scope="module", params=["norms too", "LoRA"])
+def exported(request, alone, tmp_path_factory):
     """(the model, its adapters of two tasks, the folders of their exports)."""
+    if request.param == "LoRA":
+        alone = make_checkpoint(tmp_path_factory.mktemp("no_norms"), LORA_ALONE[0], LORA_ALONE[2])
     tagi, folder = TAGI.load(alone), tmp_path_factory.mktemp("peft")
     adapters = tagi.adapt(INSTRUCTIONS[:2], scale=0.5)
     folders = [str(folder / name) for name in ("first", "second")]
@@ -306,6 +309,9 @@ def with_peft(way, tagi, folder):
 @pytest.mark.parametrize("way", ["PeftModel.from_pretrained", "load_adapter", "from_pretrained"])
 def test_peft_reads_an_export_as_we_run_it(exported, way):
     tagi, adapters, folders = exported
+    old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+    if tagi.norm_gains and way != "PeftModel.from_pretrained" and old:
+        pytest.skip("Transformers 5.17's own reading of PEFT's files takes norms wrong; PeftModel reads them")
     ids, mask, labels = tokens(tagi)
     for adapter, folder in zip(adapters, folders):
         llm = with_peft(way, tagi, folder).double().eval()
@@ -357,7 +363,8 @@ def test_an_exports_config_and_card_say_what_it_is(exported):
     config = json.loads(open(f"{folders[0]}/adapter_config.json").read())
     assert config["peft_type"] == "LORA" and config["task_type"] == "SEQ_2_SEQ_LM" and config["inference_mode"]
     assert config["r"] == tagi.options.rank and config["lora_alpha"] == 0.5 * tagi.options.alpha
-    assert config["target_modules"] == tagi.options.targets.split(",") and config["modules_to_save"]
+    assert config["target_modules"] == tagi.options.targets.split(",")
+    assert (config["modules_to_save"] is None) == (not tagi.norm_gains)
     assert os.path.samefile(config["base_model_name_or_path"], tagi.llm_path)
     card = open(f"{folders[0]}/README.md").read()
     assert INSTRUCTIONS[0] in card and tagi.options.llm_fingerprint in card and "0123" in card

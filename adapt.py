@@ -4,13 +4,11 @@
     python adapt.py --instruction "Find the city." --demo "Ann is in Oslo. => Oslo" --inputs FILE
     python adapt.py --instructions FILE         # JSON lines: instruction, demonstrations, input
     python adapt.py                             # asks for an instruction, then for inputs
-    python adapt.py --instruction "Find the city." --save my-adapter        # the whole adapter
-    python adapt.py --adapter my-adapter --input "A cat came to Rome by boat."
+    python adapt.py --instruction "Find the city." --save my-adapter    # then: --adapter my-adapter
 
 The model that comes with the repository knows the built-in suite's world alone. Answers go to
 standard output, a line each, everything else to standard error.
 """
-import argparse
 import itertools
 import json
 import os
@@ -33,35 +31,24 @@ OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tagi-l
 
 # --------------------------------------------------------------------------------------- options
 
-def demonstration(text):                        # the type of --demo
-    if "=>" not in text:
-        raise argparse.ArgumentTypeError(f"'{text[:40]}' has no =>; write \"input => output\"")
-    return [part.strip() for part in text.split("=>", 1)]
-
-
-def numbers(text):                              # the type of --combine
-    return [float(number) for number in text.split(",")]
-
-
 def parser():
     p = config.Parser(__doc__)
     add = p.add_argument_group("who answers").add_argument
-    add("--checkpoint", default=OWN, help="folder of a finetuned TAGI; default: assets/tagi-lora")
-    add("--adapter", help="folder of a saved adapter, in place of a checkpoint and an instruction")
+    add("--checkpoint", help="folder of a finetuned TAGI; default: assets/tagi-lora")
+    add("--adapter", help="folder of a saved adapter, in place of an instruction")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU, if any")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the frozen LLM")
-    add = p.add_argument_group("instruction").add_argument
+    add = p.add_argument_group("instruction, inputs").add_argument
     add("--instruction", action="append", default=[],
         help="what to do with each input, in words; several with --combine")
-    add("--demo", action="append", default=[], type=demonstration, metavar="'INPUT => OUTPUT'",
+    add("--demo", action="append", default=[], type=config.demonstration, metavar="'INPUT => OUTPUT'",
         help="a demonstration beside the instruction; may be given several times")
-    add("--scale", type=config.finite, default=1.0, help="of the adapter: below 1 weakens it")
-    add("--combine", nargs="?", type=numbers, const=[], metavar="W1,W2,..",
+    add("--scale", type=config.finite, default=1.0, help="of LoRA and the encoder's fusion")
+    add("--combine", nargs="?", type=config.numbers, const=[], metavar="W1,W2",
         help="one adapter for several --instruction: their sum with these weights, or their mean")
-    add = p.add_argument_group("inputs").add_argument
     add("--input", action="append", default=[], help="a text to answer; may be given several times")
     add("--inputs", help="file with an input a line; -: standard input, answered line by line")
-    add("--instructions", help="file of JSON lines: instruction, input and, if any, demonstrations")
+    add("--instructions", help="file of JSON lines: instruction, input, [demonstrations]")
     add("--batch-size", type=config.positive, help="inputs answered at a time; default: 32")
     add = p.add_argument_group("answers, files").add_argument
     add("--choices", help="answers to choose from, with | between them")
@@ -84,21 +71,29 @@ def get_options(argv=None):
     """The options. Raises UserError where some do not go together."""
     o = parser().parse_args(argv)
     config.choose_device(o)
-    n, has_input, writes = len(o.instruction), o.input or o.inputs, o.save or o.export or o.merge
+    n, has_input = len(o.instruction), bool(o.input or o.inputs)
+    folders = [folder for folder in (o.save, o.export, o.merge) if folder is not None]
+    o.choices = o.choices and [choice.strip() for choice in o.choices.split("|")]
     wrongs = {
-        "--adapter brings its instruction and model; drop the others":
-            o.adapter and (n or o.demo or o.instructions or o.checkpoint != OWN or o.compare),
+        "--adapter brings its instruction; drop --instruction, --demo, --instructions, --compare":
+            o.adapter and (n or o.demo or o.instructions or o.compare),
         "--instructions FILE brings all instructions and inputs; drop the others":
-            o.instructions and (n or o.demo or has_input or writes or o.compare),
+            o.instructions and (n or o.demo or has_input or folders or o.compare),
         "an --instruction needs some text": not all(map(str.strip, o.instruction)),
         "several --instruction need --combine, and it needs several":
             (n > 1) != (o.combine is not None),
         "--demo and --compare are of a single --instruction": (o.demo or o.compare) and n != 1,
-        "give an --instruction or an --adapter": (has_input or writes) and not (n or o.adapter),
+        "give an --instruction or an --adapter": (has_input or folders) and not (n or o.adapter),
         "--compare generates answers; drop --choices, --save, --export, --merge, --json":
-            o.compare and (o.choices is not None or writes or o.json),
-        f"--choices {o.choices}: give texts with | between them":
-            o.choices is not None and not all(map(str.strip, o.choices.split("|")))}
+            o.compare and (o.choices or folders or o.json),
+        "--choices takes different texts with | between them, and neither --beams nor --sample":
+            o.choices and (not all(o.choices) or len(set(o.choices)) < len(o.choices)
+                           or o.beams > 1 or o.sample),
+        "--save, --export and --merge each take a folder that is not there yet":
+            len(set(folders)) < len(folders) or any(map(os.path.lexists, folders)),
+        "--lossy is for --export and --merge": o.lossy and not (o.export or o.merge),
+        f"--inputs {o.inputs}: no such file":
+            o.inputs not in (None, "-") and not os.path.isfile(o.inputs)}
     for reason, wrong in wrongs.items():
         if wrong:
             raise UserError(reason)
@@ -108,15 +103,13 @@ def get_options(argv=None):
 # --------------------------------------------------------------------------------------- answers
 
 def answers(tagi, adapter, inputs: list[str], options) -> list[dict]:
-    """{"output": .., "scores": of --choices} for each input; words not known are named."""
-    t5.warn_of_unknown_words(tagi.tokenizer, inputs)
-    if options.choices is None:
-        texts = tagi.generate(inputs, adapter, len(inputs), options.beams, options.max_output,
+    """{"output": .., "scores": of --choices} for each input."""
+    choices, n = options.choices, len(inputs)
+    if choices is None:
+        texts = tagi.generate(inputs, adapter, n, options.beams, options.max_output,
                               do_sample=options.sample)
         return [{"output": text} for text in texts]
-    choices = options.choices.split("|")
-    rows = tagi.score_choices(inputs, [choices] * len(inputs), adapter, len(inputs), False,
-                              options.max_output)
+    rows = tagi.score_choices(inputs, [choices] * n, adapter, n, False, options.max_output)
     return [{"output": choices[row.index(max(row))], "scores": dict(zip(choices, row))}
             for row in rows]
 
@@ -127,21 +120,23 @@ def tell(answer: dict, options, **asked) -> None:
 
 
 def read_inputs(options):
-    """The inputs of --input and --inputs, one after another."""
+    """The inputs of --input and --inputs, one after another; UserError names an empty line."""
     yield from options.input
-    if options.inputs == "-":
-        yield from map(str.rstrip, sys.stdin)
-    elif options.inputs:
-        remedy = "name a file with an input a line"
-        with common.named_file(options.inputs, remedy), open(options.inputs, encoding="utf-8") as f:
-            lines = f.read().splitlines()
-        yield from tqdm(lines, disable=sys.stdout.isatty() or None)     # else between the answers
+    if options.inputs is None:
+        return
+    name, path = ("standard input", 0) if options.inputs == "-" else (options.inputs,) * 2
+    with common.named_file(name, "give an input a line"), open(path, encoding="utf-8-sig") as f:
+        for n, line in enumerate(tqdm(f, disable=sys.stdout.isatty() or None), 1):
+            if not line.strip():
+                raise ValueError(f"line {n} is empty")
+            yield line.strip()
 
 
 def answer_all(tagi, adapter, options) -> None:
     """One adapter for every input."""
     size, inputs = options.batch_size or (1 if options.inputs == "-" else 32), read_inputs(options)
     while batch := list(itertools.islice(inputs, size)):
+        t5.warn_of_unknown_words(tagi.tokenizer, batch)
         for text, answer in zip(batch, answers(tagi, adapter, batch, options)):
             tell(answer, options, input=text)
 
@@ -159,29 +154,37 @@ def answer_file(tagi, options) -> None:
     for batch in data.batches(rows, options.batch_size or 32):
         inputs = [row["input"] for row in batch]
         texts = [row["instruction"] for row in batch]
-        t5.warn_of_unknown_words(tagi.tokenizer, texts)
+        t5.warn_of_unknown_words(tagi.tokenizer, texts + inputs)
         adapters = tagi.adapt(texts, [row["demonstrations"] for row in batch], options.scale)
         for row, answer in zip(batch, answers(tagi, adapters, inputs, options)):
             tell(answer, options, instruction=row["instruction"], input=row["input"])
 
 
-def ask(tagi, options) -> None:
-    """The prompt loop: an instruction, then inputs; an empty line asks for another, Ctrl-D ends."""
-    while True:
-        try:
-            text = input("instruction: ").strip()
-            adapter = tagi.adapt([text], scale=options.scale) if text else None
-            t5.warn_of_unknown_words(tagi.tokenizer, [text])
-            while text and (its_input := input("input: ").strip()):
-                options.input = [its_input]
+def prompt(text: str) -> str:
+    print(text, end=": ", file=sys.stderr, flush=True)
+    return input().strip()
+
+
+def ask(tagi, options, adapter) -> None:
+    """The prompt loop: an instruction, unless there is one, then inputs, up to an empty line."""
+    try:
+        while True:
+            while adapter is None:
+                text = prompt("instruction")
+                t5.warn_of_unknown_words(tagi.tokenizer, [text])
+                adapter = tagi.adapt([text], scale=options.scale) if text else None
+            while text := prompt("input"):
+                options.input = [text]
                 answer_all(tagi, adapter, options)
-        except EOFError:
-            return print(file=sys.stderr)
+            adapter = None
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
 
 
 def compare(tagi, options) -> None:
     """Three answers to each input, and how near the instruction is to those trained on."""
     instruction = options.instruction[0]
+    near = novelty.tell(tagi, instruction, options.checkpoint or OWN)
     tagi.adapt([instruction])                   # warms up
     begin = time.perf_counter()
     adapter = tagi.adapt([instruction], [options.demo], options.scale)
@@ -198,13 +201,8 @@ def compare(tagi, options) -> None:
     ways = {"frozen, input alone": lambda text: answers(tagi, None, [text], options)[0]["output"],
             "frozen, instruction with the input": reading,
             "TAGI, input alone": lambda text: answers(tagi, adapter, [text], options)[0]["output"]}
-    for text in read_inputs(options):
-        print(f"input: {text}")
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            answer = way(text)
-            print(f"  {name:36} {(time.perf_counter() - begin) * 1e3:7.1f} ms   {answer}")
-    print(f"adapter made in {made * 1e3:.1f} ms;", novelty.tell(tagi, instruction, options.checkpoint))
+    novelty.compare(read_inputs(options), ways, tagi.tokenizer)
+    print(f"adapter made in {made * 1e3:.1f} ms; {near}")
 
 
 def index(tagi, checkpoint: str) -> None:
@@ -218,15 +216,16 @@ def index(tagi, checkpoint: str) -> None:
 @common.command
 def main(argv=None):
     o = get_options(argv)
-    tagi = TAGI.load(o.adapter or o.checkpoint, o.device, o.precision)
+    tagi = TAGI.load(o.checkpoint or o.adapter or OWN, o.device, o.precision)
     torch.manual_seed(o.seed)                   # after the load, which makes weights
     if o.index:
-        return index(tagi, o.checkpoint)
+        return index(tagi, o.checkpoint or OWN)
     if o.instructions:
         return answer_file(tagi, o)
     t5.warn_of_unknown_words(tagi.tokenizer, o.instruction)
     if o.compare:
         return compare(tagi, o)
+    adapter = None
     if o.adapter:
         adapter = Adapter.load(o.adapter)
         adapter.check(tagi)
@@ -235,15 +234,16 @@ def main(argv=None):
         adapter = tagi.adapt(o.instruction, [o.demo] * len(o.instruction), o.scale)
         if len(adapter) > 1:
             adapter = Adapter.combine(list(adapter), o.combine or None)
-    else:
-        return ask(tagi, o)
-    if o.save:
-        adapter.save(o.save)
-    if o.export:
+    if o.export:                                # before --save: it may be refused
         adapter.export(o.export, o.lossy)
     if o.merge:
         adapter.merge_into_t5(o.merge, o.lossy)
-    answer_all(tagi, adapter, o)
+    if o.save:
+        adapter.save(o.save)
+    if o.input or o.inputs:
+        answer_all(tagi, adapter, o)
+    elif not (o.save or o.export or o.merge):
+        ask(tagi, o, adapter)
 
 
 if __name__ == "__main__":

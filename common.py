@@ -52,6 +52,10 @@ def command(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:                         # | head: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -79,10 +83,8 @@ def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
         if not line.strip():
             continue
         where = f"{path}, line {n}"
-        try:
+        with named_file(where, remedy):
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error}; {remedy}") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: no JSON object; {remedy}")
         for key, kind in types.items():
@@ -125,8 +127,7 @@ def save_tensors(path: str, tensors: dict, metadata: dict | None = None) -> None
 
 def _atomically(path: str, write) -> None:
     write(path + ".tmp")
-    umask = os.umask(0)
-    os.umask(umask)
+    os.umask(umask := os.umask(0))                      # the only way to read it
     os.chmod(path + ".tmp", 0o666 & ~umask)             # safetensors' files are the owner's alone
     os.replace(path + ".tmp", path)
 

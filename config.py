@@ -66,6 +66,18 @@ def below_1(text):
     return value
 
 
+def demonstration(text):
+    """The type of an option: "input => output"."""
+    if "=>" not in text:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' has no =>; write \"input => output\"")
+    return [part.strip() for part in text.split("=>", 1)]
+
+
+def numbers(text):
+    """The type of an option: numbers with commas between."""
+    return [float(number) for number in text.split(",")]
+
+
 positive = at_least(1)
 flag = {"action": argparse.BooleanOptionalAction}                           # --x and --no-x
 

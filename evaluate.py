@@ -32,6 +32,7 @@ from bench import cost, p3, predictions, probe, report, sample
 from bench.predictions import HEURISTICS, UNSEEN_WORDING
 from bench.report import ROWS
 from bench.rouge import rouge_l     # noqa: F401  for those who import it from here
+from bench.teachers import load_teachers
 from common import UserError
 from hypernet import TAGI
 
@@ -218,7 +219,7 @@ def answerer(loaded, row, demos, tasks, limits):
         case "teachers" | "meta_lora":
             folder, unit, command = loaded.teachers_of(row)
             names, tagi = loaded.teacher_names(tasks, unit), loaded.tagi
-            stacked = lora.load_teachers(folder, names, tagi.llm, vars(tagi.options), command)
+            stacked = load_teachers(folder, names, tagi.llm, vars(tagi.options), command)
             number = {task.name: names.index(data.teacher_of(task, unit)) for task in tasks}
             return reader(loaded, demos, limits, teachers=(stacked, number))
         case "copy_input":

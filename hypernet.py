@@ -163,6 +163,7 @@ class InstructionAttention(nn.Module):
         """(N, T, D), (K, H, S, d_kv) twice, (K, S) -> (N, T, D)."""
         q = self.q(self.norm(x.to(self.norm.weight.dtype)))             # (N, T, H·d_kv)
         q = q.reshape(len(keys), -1, q.shape[-1])                       # (K, N/K·T, H·d_kv)
+        keys, values = keys.to(q.dtype), values.to(q.dtype)
         y = F.scaled_dot_product_attention(self.split(q), keys, values, mask[:, None, None])
         y = y.transpose(1, 2).flatten(2)                                # (K, N/K·T, H·d_kv)
         y = self.o(y).view(x.shape)                                     # (N, T, D)
@@ -275,13 +276,16 @@ class TAGI(nn.Module):
             raise ValueError("already merged; call unmerge first")
         if len(adapter) != 1:
             raise ValueError(f"only one task can be merged, not {len(adapter)}; select one first")
-        if adapter.weights is not None:
-            lora.merge(self.llm, lora.select(adapter.scaled_weights(), 0))
-        self.merged = adapter
+        adapter.check(self)
+        with self._running(None, None):         # no other thread may be within
+            if adapter.weights is not None:
+                lora.merge(self.llm, lora.select(adapter.scaled_weights(), 0))
+            self.merged = adapter
 
     def unmerge(self) -> None:
-        lora.unmerge(self.llm)
-        self.merged = None
+        with self._running(None, None):
+            lora.unmerge(self.llm)
+            self.merged = None
 
     def autocast(self):
         bf16 = self.llm.dtype == torch.bfloat16                 # what is trained stays float32
@@ -350,8 +354,8 @@ class TAGI(nn.Module):
         Over the limit of max_instruction tokens an instruction loses demonstrations first and is
         then cut, with a warning. Raises UserError for one text, and in a saved adapter's model.
         """
-        if isinstance(instructions, str):
-            raise UserError("adapt takes a list of instructions, not one text")
+        if isinstance(instructions, str) or any(text.isspace() for text in instructions):
+            raise UserError("adapt takes a list of instructions, not one text, nor white space")
         if getattr(self.options, "adapter", False):
             raise UserError("a saved adapter has no hypernetwork; load the checkpoint it is from")
         demonstrations = demonstrations or [[]] * len(instructions)
@@ -426,10 +430,6 @@ class TAGI(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything except the LLM, by name: what is trained and what a checkpoint holds."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("llm.")}
-
-    def shared(self) -> dict[str, nn.Parameter]:
-        """What is trained and the same for all adapters: fusion's weights, gains, embeddings."""
-        return {name: p for name, p in self.trainable().items() if not name.startswith("generator.")}
 
     @classmethod
     def load(cls, folder: str, device: str = "cpu", precision: str = "fp32") -> "TAGI":

@@ -1,21 +1,22 @@
-"""LoRA written by hand: injection, shared or per-example weights, merging; teachers, adapters.
+"""LoRA written by hand: injection, shared or per-example weights, merging, adapters.
 
 LoRA (Hu et al. 2021) adds a low-rank update to a frozen linear map: W x + scaling · B A x. Here the
 wrapper holds no weights of its own. They are set from outside, so that one frozen model serves
 every teacher and the student: a teacher's weights are parameters, a student's are the output of the
 hypernetwork, and both run through one expression.
 """
+import contextlib
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import common
-import config
 import t5
 from common import UserError
 
@@ -169,31 +170,6 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 @torch.no_grad()
-def svd_factors(weights: Weights) -> Weights:
-    """The same products B·A = U·S·Vᵀ in factors that can be compared: B = U·√S and A = √S·Vᵀ.
-
-    {site: (lora_A (.., r, D_in), lora_B (.., D_out, r))}, of any dtype, and the same comes back.
-    Singular values fall from row to row of A; a row's entry of largest magnitude is positive.
-    """
-    # The SVD is that of an r × r matrix: B·A = Q_B (R_B R_Aᵀ) Q_Aᵀ.
-    factors = {}
-    for name, (A, B) in weights.items():
-        Q_A, R_A = torch.linalg.qr(A.double().mT)       # (.., D_in, k), (.., k, r); k = min(D, r)
-        Q_B, R_B = torch.linalg.qr(B.double())
-        U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-        roots = S.sqrt()                                                    # (.., k)
-        new_A = roots[..., None] * (Vh @ Q_A.mT)                            # (.., k, D_in)
-        new_B = (Q_B @ U) * roots[..., None, :]                             # (.., D_out, k)
-        largest = new_A.abs().argmax(-1, keepdim=True)                      # (.., k, 1)
-        signs = torch.where(new_A.gather(-1, largest) < 0, -1.0, 1.0)       # (.., k, 1)
-        missing = A.shape[-2] - S.shape[-1]             # where r is larger than the layer: zeros
-        new_A = F.pad(new_A * signs, (0, 0, 0, missing))
-        new_B = F.pad(new_B * signs.mT, (0, missing))
-        factors[name] = (new_A.to(A.dtype), new_B.to(B.dtype))
-    return factors
-
-
-@torch.no_grad()
 def merge(model: nn.Module, weights: Weights) -> None:
     """Fold one task's weights, (r, D_in) and (D_out, r), into the layers: it then costs plain T5.
 
@@ -202,12 +178,13 @@ def merge(model: nn.Module, weights: Weights) -> None:
     # The sum is made in float32 and rounded once, to the layers' dtype. In bf16 that is an error of
     # a sixth of an update that is a hundredth of the weight. A sum kept in float32 would gain
     # nothing, since autocast rounds it alike; nor is an unmerged bf16 layer's output more exact.
-    for name, wrapper in sites(model).items():
-        A, B = weights[name]
+    for name, wrapper in sites(model).items():      # before anything is changed
         if wrapper.original is not None:
             raise ValueError("already merged; call unmerge first")
-        if A.dim() != 2:
+        if weights[name][0].dim() != 2:
             raise ValueError("only one task's weights can be merged; select one first")
+    for name, wrapper in sites(model).items():
+        A, B = weights[name]
         wrapper.original = wrapper.weight.detach().clone()
         update = wrapper.scaling * (B.float() @ A.float())
         wrapper.weight.copy_(wrapper.weight + update)
@@ -223,8 +200,6 @@ def unmerge(model: nn.Module) -> None:
             wrapper.original = None
 
 
-# ------------------------------------------------------- files of LoRA teachers, a folder for each
-
 def flatten(weights: Weights) -> dict[str, torch.Tensor]:
     """{site: (lora_A, lora_B)} as a checkpoint's {"site.lora_A": tensor, "site.lora_B": tensor}."""
     flat = {}
@@ -234,51 +209,11 @@ def flatten(weights: Weights) -> dict[str, torch.Tensor]:
     return flat
 
 
-def teacher_folder(folder: str, teacher: str) -> str:
-    """Where below a run's folder the teacher of this name is."""
-    return os.path.join(folder, "".join(c if c.isalnum() else "_" for c in teacher.lower()))
-
-
-def save_teacher(folder: str, record: dict, teacher: str, weights: Weights) -> None:
-    """Write a finished teacher's weights, (r, D_in) and (D_out, r) per site, as a checkpoint.
-
-    record: options and what the run found out, llm_fingerprint among it.
-    """
-    common.save_checkpoint(teacher_folder(folder, teacher), record | {"unit_name": teacher},
-                           flatten(weights), step=record["steps"], finished=True)
-
-
-def check_teachers(folder: str, teachers: list[str], expected: dict, command: str) -> None:
-    """Raises UserError where a teacher is not there or not finished, or not as expected.
-
-    expected: the llm_fingerprint, rank and alpha that are needed; command: what trains teachers.
-    """
-    for teacher in teachers:
-        path = teacher_folder(folder, teacher)
-        if not common.is_finished(path):
-            raise UserError(f"{path}: no LoRA teacher for {teacher}; first run {command}")
-        record = vars(common.load_options(path, "llm_fingerprint"))
-        config.check_fits(expected, path, record, ("rank", "alpha"),
-                          "the frozen LLM's folder", f"train it again: {command} --fresh")
-
-
-def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: dict,
-                  command: str) -> Weights:
-    """These teachers stacked, {site: (lora_A (U, r, D_in), lora_B (U, D_out, r))}.
-
-    expected: as for `check_teachers`, and the digests of what they are to have read. Raises
-    UserError as that does, and where one is for other projections or read something else.
-    """
-    check_teachers(folder, teachers, expected, command)
-    stacked = init_weights(llm, expected["rank"], 0, len(teachers))
-    for n, teacher in enumerate(teachers):
-        path = teacher_folder(folder, teacher)
-        common.check_digests(expected, path, vars(common.load_options(path)))
-        common.load_weights(flatten(select(stacked, n)), path)
-    return stacked
-
-
 # --------------------------------------------------- adapters: what instructions become, and files
+
+# What of a model's record says whether an adapter is for it.
+MARKS = ("llm_fingerprint", "targets", "rank", "alpha", "format", "fusion", "shared_digest")
+
 
 @dataclass(repr=False, eq=False)
 class Adapter:
@@ -288,7 +223,7 @@ class Adapter:
     states: torch.Tensor        # (K, S, D) I_x, the encoded instruction
     mask: torch.Tensor          # (K, S) bool, False on padding
     fusion: list                # per encoder block keys and values, (K, H, S, d_kv) both
-    scale: float = 1.0          # of the LoRA update and the encoder's cross-attention
+    scale: float = 1.0          # of the LoRA update and the encoder's cross-attention alone
     tasks: list | None = None   # of each row: {"instruction": .., "demonstrations": [..]}
     model: object = None        # the TAGI whose adapter it is
     record: dict | None = None  # of a file: config.yaml
@@ -302,11 +237,11 @@ class Adapter:
 
     def __repr__(self):
         rank = next(iter(self.weights.values()))[0].shape[1] if self.weights else 0
-        return f"Adapter({len(self)} tasks, rank {rank}, scale {self.scale:g})"
+        return f"Adapter({len(self)} task{'s' * (len(self) > 1)}, rank {rank}, scale {self.scale:g})"
 
     def select(self, index) -> "Adapter":
         """Rows for a mixed batch: row index[n] for instance n; a list or tensor of N integers."""
-        index = torch.as_tensor(index, device=self.mask.device)
+        index = torch.as_tensor(index, dtype=torch.long, device=self.mask.device)
         weights = None if self.weights is None else select(self.weights, index)
         fusion = [(keys[index], values[index]) for keys, values in self.fusion]
         tasks = None if self.tasks is None else [self.tasks[k] for k in index.tolist()]
@@ -326,14 +261,21 @@ class Adapter:
         Exact for LoRA, whose factors are concatenated along the rank. The instructions' states
         stand one after the other and fusion attends to all of them; in the encoder each one's
         values are multiplied by n times its weight, so that an adapter with itself is itself.
-        Raises UserError where that cannot be done.
+        The decoder reads all states whatever their weight. Raises UserError where there is nothing
+        to combine, and for adapters of several models.
         """
-        weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+        weights = [1 / len(adapters) for _ in adapters] if weights is None else list(weights)
         pairs = [(adapter, w) for adapter, w in zip(adapters, weights) if w != 0]
         if (len(weights) != len(adapters) or not pairs or not all(map(math.isfinite, weights))
-                or any(len(a) != 1 or a.model is not pairs[0][0].model for a, _ in pairs)):
+                or any(len(adapter) != 1 for adapter in adapters)):
             raise UserError(f"weights {weights} for {len(adapters)} adapters: give each a finite "
-                            "one, not all of them 0, and adapters of one task and one model")
+                            "one, not all of them 0, and adapters of one task")
+        models = [adapter.model for adapter in adapters if adapter.model is not None]
+        for adapter in adapters if models else []:
+            adapter.check(models[0])
+        marks = {repr([(adapter.record or {}).get(key) for key in MARKS]) for adapter in adapters}
+        if not models and len(marks) > 1:
+            raise UserError("these adapters are of several models; combine those of one")
         first, n = pairs[0][0], len(pairs)
         combined = {}
         for site in first.weights or {}:
@@ -345,7 +287,10 @@ class Adapter:
             keys = [adapter.fusion[l][0] for adapter, _ in pairs]
             values = [adapter.fusion[l][1] * (n * w * adapter.scale) for adapter, w in pairs]
             fusion.append((torch.cat(keys, 2), torch.cat(values, 2)))           # (1, H, ΣS, d_kv)
-        parts = [{"weight": w * a.scale} | (a.tasks or [{}])[0] for a, w in pairs]
+        parts = []                              # told as a sum of instructions, however it was made
+        for adapter, w in pairs:
+            for task in (adapter.tasks or [{}])[0].get("combined", adapter.tasks or []):
+                parts.append(task | {"weight": w * adapter.scale * task.get("weight", 1)})
         return Adapter(combined or None, torch.cat([adapter.states for adapter, _ in pairs], 1),
                        torch.cat([adapter.mask for adapter, _ in pairs], 1), fusion, 1.0,
                        [{"combined": parts}], first.model, first.record)
@@ -357,8 +302,7 @@ class Adapter:
         if self.model is model or (self.model is None and self.record is None):
             return                                      # its own, or a training step's
         theirs, ours = self.record or record_of(self.model), record_of(model)
-        for key in ("llm_fingerprint", "targets", "rank", "alpha", "format", "fusion",
-                    "shared_digest"):
+        for key in MARKS:
             if theirs.get(key) != ours.get(key):
                 raise UserError(f"this adapter is for a model with {key} {theirs.get(key)}, not "
                                 f"{ours.get(key)}; use the one that made it, or that it holds")
@@ -377,18 +321,23 @@ class Adapter:
         for l, (keys, values) in enumerate(self.fusion):
             tensors |= {f"fusion.{l}.keys": keys, f"fusion.{l}.values": values}
         record = record_of(model) | {"scale": self.scale, "adapted_to": self.tasks}
+        record["adapter_digest"] = digest_of(record, tensors)
         if record["llm_is_relative"]:                   # so that both can be moved together
             record["llm_path"] = os.path.relpath(model.llm_path, folder)
-        with t5.new_folder(folder) as unfinished:
-            common.save_checkpoint(unfinished, record, model.shared(), finished=True)
+        with new_folder(folder) as unfinished:
+            common.save_checkpoint(unfinished, record, shared_of(model), finished=True)
             common.save_tensors(f"{unfinished}/adapter.safetensors", tensors)
 
     @classmethod
     def load(cls, folder: str) -> "Adapter":
         """What `save` wrote; a model that uses it first checks it, and takes it to its device."""
-        record = vars(common.load_options(folder, needs="shared_digest"))
+        if not os.path.isfile(f"{folder}/adapter.safetensors"):
+            raise UserError(f"{folder} is no saved adapter; write one with adapt.py --save")
+        record = vars(common.load_options(folder, needs="adapter_digest"))
         with common.named_file(f"{folder}/adapter.safetensors", "save the adapter again"):
             tensors = load_file(f"{folder}/adapter.safetensors")
+            if digest_of(record, tensors) != record["adapter_digest"]:
+                raise ValueError("it is not what config.yaml beside it tells of")
             states, mask, fusion, weights = tensors.pop("states"), tensors.pop("mask"), [], {}
             while f"fusion.{len(fusion)}.keys" in tensors:
                 name = f"fusion.{len(fusion)}"
@@ -420,30 +369,66 @@ class Adapter:
         options, (task,) = model.options, self.tasks
         r = next(iter(self.weights.values()))[0].shape[1]       # a combination's is larger
         alpha = options.alpha / options.rank * r * self.scale
-        with t5.new_folder(folder) as unfinished:
+        with new_folder(folder) as unfinished:
             t5.write_peft(unfinished, model.llm_path, select(self.weights, 0), alpha,
                           options.targets.split(","), t5.scaled_norms(model.llm, model.norm_gains))
-            text = t5.card(task, model, f"{r}, {alpha:g}, {self.scale:g}", lost)
+            text = t5.card(task, model, f"{r}, {alpha:g}, {self.scale:g}",
+                           lost, as_trained=self.scale == 1 and "combined" not in task)
             common.write_text(f"{unfinished}/README.md", text)
 
     def merge_into_t5(self, folder: str, lossy: bool = False) -> None:
         """Write the frozen LLM, this LoRA, gains and embeddings as a plain T5; raises as `export`."""
         model, _ = self._for_others(lossy, ["fusion"])          # embeddings are not lost here
-        model.merge(self)
-        try:
-            t5.write_merged(folder, model.llm, model.tokenizer, model.norm_gains,
-                            model.embedding_delta)
-        finally:
-            model.unmerge()
+        with new_folder(folder) as unfinished:
+            model.merge(self)
+            try:
+                t5.write_merged(unfinished, model.llm, model.tokenizer, model.norm_gains,
+                                model.embedding_delta)
+            finally:
+                model.unmerge()
+
+
+@contextlib.contextmanager
+def new_folder(folder: str):
+    """Within: a folder beside it, which in the end becomes `folder`, whole; after an error it goes.
+
+    Raises UserError where something is there already, and where it cannot be written.
+    """
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} is there already; choose another folder")
+    above = os.path.dirname(os.path.abspath(folder))
+    try:
+        os.makedirs(above, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=above) as unfinished:
+            os.mkdir(f"{unfinished}/whole")
+            yield f"{unfinished}/whole"
+            os.rename(f"{unfinished}/whole", folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{folder} cannot be written: {reason}; choose another folder") from None
 
 
 def loaded(model):
     if model is None or model.llm_path is None:
-        raise UserError("this adapter is of no model that TAGI.load loaded; make it by one")
+        raise UserError("this adapter is of no model that TAGI.load loaded; call its "
+                        "check(model), or make it by one")
     return model
+
+
+def shared_of(model) -> dict:
+    """What is trained and the same for all adapters: fusion's weights, gains, embeddings."""
+    return {name: p for name, p in model.trainable().items() if not name.startswith("generator.")}
 
 
 def record_of(model) -> dict:
     """What a saved adapter of this TAGI is to be known by and loaded with."""
-    return vars(model.options) | {"generator": "none", "adapter": True,
-                                  "shared_digest": t5.tensors_digest(model.shared())}
+    own = t5.tensors_digest(model.trainable())              # a saved adapter's model has no generator
+    return vars(model.options) | {
+        "generator": "none", "adapter": True, "shared_digest": t5.tensors_digest(shared_of(model)),
+        "hypernetwork_digest": getattr(model.options, "hypernetwork_digest", own)}
+
+
+def digest_of(record: dict, tensors: dict) -> str:
+    """Of a saved adapter's tensors and what they are to be run with."""
+    marks = [record.get(key) for key in (*MARKS, "scale", "adapted_to")]
+    return common.digest(repr(marks) + t5.tensors_digest(tensors))

@@ -12,7 +12,6 @@ import os
 import re
 import string
 import sys
-import tempfile
 
 import torch
 import torch.nn as nn
@@ -215,10 +214,14 @@ def config_flag(options) -> str:
 
 
 def llm_of(folder: str, options) -> str:
-    """Where the frozen LLM of the TAGI in `folder` is, by its options."""
+    """Where the frozen LLM of the TAGI in `folder` is. Raises UserError where that is gone."""
     if not options.llm_is_relative:
         return options.llm_path
-    return os.path.normpath(os.path.join(folder, options.llm_path))
+    path = os.path.normpath(os.path.join(folder, options.llm_path))
+    if not os.path.isdir(path):
+        raise UserError(f"{folder} is for the LLM in {path}, which is not there; put it back (or, "
+                        "for a saved adapter, name the checkpoint it is from with --checkpoint)")
+    return path
 
 
 def tiny_t5(vocab_size: int, seed: int, d_model=64, layers=3, heads=4, d_ff=192):
@@ -237,23 +240,6 @@ def tiny_t5(vocab_size: int, seed: int, d_model=64, layers=3, heads=4, d_ff=192)
 
 
 # ------------------------------------------------------------------------- adapters for others
-
-@contextlib.contextmanager
-def new_folder(folder: str):
-    """Within: a folder beside it, which in the end becomes `folder`, whole; after an error it goes.
-
-    Raises UserError where something is there already, and where it cannot be written.
-    """
-    if os.path.lexists(folder):
-        raise UserError(f"{folder} is there already; choose another folder")
-    above = os.path.dirname(os.path.abspath(folder))
-    with named_file(folder, "choose another folder", "written"):
-        os.makedirs(above, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=above) as unfinished:
-            os.mkdir(f"{unfinished}/whole")
-            yield f"{unfinished}/whole"
-            os.rename(f"{unfinished}/whole", folder)
-
 
 def write_peft(folder: str, base: str, weights: dict, alpha: float, targets: list[str],
                norms: dict) -> None:
@@ -276,18 +262,21 @@ def write_peft(folder: str, base: str, weights: dict, alpha: float, targets: lis
     common.write_text(f"{folder}/adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def card(task: dict, model, numbers: str, lost: list[str]) -> str:
+def card(task: dict, model, numbers: str, lost: list[str], as_trained: bool) -> str:
     """The README.md that goes with an export: what the hypernetwork read, and from what."""
     options = model.options
-    data_form = "<the input>" if model.verbatim else "Input: <the input>\\nOutput: "
+    data_form = "<the input>" if model.verbatim else "Input: <the input>\n    Output: "
+    digest = getattr(options, "hypernetwork_digest", tensors_digest(model.trainable()))
     facts = {"rank, alpha, scale": numbers,
-             "hypernetwork's weights (digest)": tensors_digest(model.trainable()),
+             "hypernetwork's weights (digest)": digest,
              "frozen LLM (fingerprint)": options.llm_fingerprint,
              "training data (digest)": getattr(options, "data_digest", "not recorded"),
              "score of the whole model": getattr(options, "score", "not recorded"),
              "score of what is here": "the same: nothing is left out"}
     if lost:
         facts["score of what is here"] = f"not measured: {' and '.join(lost)} are left out"
+    elif not as_trained:
+        facts["score of what is here"] = "not measured: it is scaled, or a sum of several"
     parts = []
     for part in task.get("combined", [task]):
         weight = f" (weight {part['weight']:g})" if "weight" in part else ""
@@ -322,10 +311,9 @@ def write_merged(folder: str, llm, tokenizer, gains, embedding_delta=None) -> No
     weights |= scaled_norms(llm, gains)
     if embedding_delta is not None:
         weights["shared.weight"] = weights["shared.weight"] + embedding_delta
-    with new_folder(folder) as unfinished:
-        for part in (llm.config, llm.generation_config, tokenizer):
-            part.save_pretrained(unfinished)
-        common.save_tensors(f"{unfinished}/model.safetensors", weights, {"format": "pt"})
+    for part in (llm.config, llm.generation_config, tokenizer):
+        part.save_pretrained(folder)
+    common.save_tensors(f"{folder}/model.safetensors", weights, {"format": "pt"})
 
 
 def scaled_norms(llm, gains) -> dict[str, torch.Tensor]:

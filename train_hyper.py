@@ -27,6 +27,7 @@ import data
 import lora
 import t5
 from bench import sample
+from bench.teachers import load_teachers, svd_factors
 from common import UserError
 from hypernet import TAGI
 
@@ -379,11 +380,10 @@ def train(options, run):
         tasks = data.training_tasks(options)
         get_batch, names = finetune_batches(options, tagi, n_micro, tasks)
         if aligns(options) or (options.lambda_kl and options.kl_teacher == "lora"):
-            teachers = lora.load_teachers(
-                os.path.join(options.runs, "lora"), names, tagi.llm, run.record(),
-                f"python train_teacher.py --stage lora{t5.config_flag(options)}")
+            command = f"python train_teacher.py --stage lora{t5.config_flag(options)}"
+            teachers = load_teachers(f"{options.runs}/lora", names, tagi.llm, run.record(), command)
             if options.alignment == "svd":      # the same products, so L_kl's teachers stay as is
-                teachers = lora.svd_factors(teachers)
+                teachers = svd_factors(teachers)
         if options.lambda_kl and options.kl_teacher != "lora":
             teacher_llm = load_kl_teacher(options, run, path, tagi)
 

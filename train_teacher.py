@@ -29,6 +29,7 @@ import data
 import lora
 import t5
 from bench import sample
+from bench.teachers import save_teacher, teacher_folder
 from common import UserError
 from hypernet import TAGI
 
@@ -44,8 +45,8 @@ def parser():
     add = p.add_argument_group("lora").add_argument
     add("--teachers-at-once", type=config.positive, default=16,
         help="LoRA teachers trained side by side in one batch")
-    add("--init-from", help="folder of a TAGI: each teacher starts from the LoRA weights that it "
-                            "generates for the task's definition; needs a teacher for each task")
+    add("--init-from", help="folder of a TAGI: each teacher starts from the LoRA weights (alone, "
+                            "without fusion) that it generates for the definition of its one task")
     add = p.add_argument_group("meta").add_argument
     add("--curriculum", default=False, **config.flag,
         help="for a T5 made from nothing: easy tasks first, demonstrations last")
@@ -198,7 +199,7 @@ def train_lora_all(options, run):
 
     def save(optimizer, step, finished):
         if finished:                            # before the stage calls itself finished
-            lora.save_teacher(run.folder, run.record(), "all", weights)
+            save_teacher(run.folder, run.record(), "all", weights)
         common.save_checkpoint(run.folder, run.record(), parameters, optimizer, step, finished)
 
     train_together(run, llm, parameters, get_batch, save, path)
@@ -232,9 +233,8 @@ def train_lora(options, run):
     if len(teachers) <= size * (run.world - 1):
         size = -(-len(teachers) // run.world)
     groups = data.batches(teachers, size)
-    if len({lora.teacher_folder(run.folder, name) for name in teachers}) < len(teachers):
-        raise UserError(f"--unit {options.unit}: two names differ only in signs that a folder's "
-                        "name cannot have; rename one")
+    if len({teacher_folder(run.folder, name) for name in teachers}) < len(teachers):
+        raise UserError(f"--unit {options.unit}: two names make one folder's name; rename one")
     tagi = load_start(options, run, path, tasks_of) if options.init_from else None
     # From here on --fresh has removed what was there. A rerun sees what these teachers are.
     run.begin(path, log=False)
@@ -245,7 +245,7 @@ def train_lora(options, run):
     for group in groups[run.rank::run.world]:
         left = []
         for teacher in group:
-            if not common.is_finished(lora.teacher_folder(run.folder, teacher)):
+            if not common.is_finished(teacher_folder(run.folder, teacher)):
                 left.append(teacher)
         if left:
             train_group(run, llm, tokenizer, left, tasks_of, tagi)
@@ -261,8 +261,8 @@ def train_lora(options, run):
 def load_start(options, run, path, tasks_of):
     """The TAGI of --init-from. Raises UserError where it generates no start for these teachers."""
     if max(map(len, tasks_of.values())) > 1:    # a mean of products B·A is no such product
-        raise UserError("--init-from generates the start of a teacher from its one task, and with "
-                        f"--unit {options.unit} some have several; choose --unit task")
+        raise UserError(f"--init-from needs one task a teacher, unlike --unit {options.unit}; choose "
+                        "--unit task")
     folder = options.init_from
     tagi = TAGI.load(folder, options.device, options.precision)
     config.check_fits(run.record(), folder, vars(tagi.options), ("rank", "alpha", "targets"), path,
@@ -280,8 +280,8 @@ def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
     weights = lora.init_weights(llm, options.rank, options.seed, U)     # site -> (U, r, D_in), ..
     if tagi is not None:
         generated = tagi.adapt([tasks_of[teacher][0].definitions[0] for teacher in group]).weights
-        for p, start in zip(lora.flatten(weights).values(), lora.flatten(generated).values()):
-            p.copy_(start)
+        for name, p in lora.flatten(weights).items():
+            p.copy_(lora.flatten(generated)[name])
     parameters = {}
     for site, pair in weights.items():
         for i, p in enumerate(pair):
@@ -347,7 +347,7 @@ def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
     # Each teacher becomes a checkpoint of its own.
     lora.set_weights(llm, None)
     for u, teacher in enumerate(group):
-        lora.save_teacher(run.folder, run.record(), teacher, lora.select(weights, u))
+        save_teacher(run.folder, run.record(), teacher, lora.select(weights, u))
     shutil.rmtree(unfinished, ignore_errors=True)
     if run.stop.asked:                          # in the last step: these teachers are done
         common.leave(run.folder, options.steps, log)

@@ -7,6 +7,7 @@ better than the encoder's last states do, which are much the same for all (docs/
 """
 import json
 import os
+import time
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import common
+import t5
 from common import UserError
 
 FILE = "instructions.safetensors"
@@ -90,6 +92,24 @@ def nearest(tagi, instruction: str, checkpoint: str, n: int = 3) -> tuple[dict, 
 def tell(tagi, instruction: str, checkpoint: str) -> str:
     """One line on how near the instruction is to what was trained on."""
     found, threshold = nearest(tagi, instruction, checkpoint)
-    where = "near" if max(found.values()) >= threshold else "FAR from"
+    if max(found.values()) < threshold:
+        where = "FAR from"
+    elif t5.unknown_words(tagi.tokenizer, [instruction]):
+        where = "perhaps far (it has words that are unknown) from"
+    else:
+        where = "near"
     some = ", ".join(f"{name} {cosine:.2f}" for name, cosine in found.items())
     return f"the instruction is {where} those trained on (far below {threshold:.2f}): {some}"
+
+
+def compare(inputs, ways: dict, tokenizer) -> None:
+    """Print what each way, {name: function of an input}, answers, and its time."""
+    for n, text in enumerate(inputs):
+        t5.warn_of_unknown_words(tokenizer, [text])
+        print(f"input: {text}")
+        for name, way in ways.items():
+            if n == 0:
+                way(text)                       # warms up
+            begin = time.perf_counter()
+            answer = way(text)
+            print(f"  {name:36} {(time.perf_counter() - begin) * 1e3:7.1f} ms   {answer}")

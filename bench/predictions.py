@@ -12,9 +12,9 @@ import numpy as np
 
 import common
 import config
-import lora
 import t5
 from bench.report import ROWS, SETTINGS, score
+from bench.teachers import check_teachers
 from common import UserError
 
 HEURISTICS = {"copy_input", "copy_demo"}        # rows that need no model
@@ -133,7 +133,7 @@ def sources_of(loaded, wanted) -> dict:
     for row in {"teachers", "meta_lora"} & set(wanted):
         folder, unit, command = loaded.teachers_of(row)
         tasks, expected = loaded.tasks_of(row), vars(loaded.tagi.options)
-        lora.check_teachers(folder, loaded.teacher_names(tasks, unit), expected, command)
+        check_teachers(folder, loaded.teacher_names(tasks, unit), expected, command)
         record = vars(common.load_options(folder))
         common.check_digests(expected, folder, record)
         if row == "teachers":                           # they answer the data's training tasks

@@ -1,7 +1,8 @@
 """Own instructions: adapt.py, an adapter's rows, scale and sums, its files, and PEFT's reading of an export."""
-import io
 import json
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 pytest.register_assert_rewrite("stages")
@@ -384,8 +386,11 @@ SHORT = ("--max-output=4",)
 
 
 def ask(project, *flags, stdin=""):
-    with mock.patch.object(sys, "stdin", io.StringIO(stdin)):
-        return project.run("adapt", *flags)
+    """(standard output, standard error) of a process of its own, which reads stdin to its end."""
+    done = subprocess.run([sys.executable, str(ROOT / "adapt.py"), *project.argv("adapt", *flags)], input=stdin,
+                          capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_an_own_instruction_prints_one_line_an_input_and_nothing_else(project):
@@ -403,7 +408,9 @@ def test_a_file_standard_input_and_inputs_give_the_same_answers(project, tmp_pat
     path = tmp_path / "inputs.txt"
     path.write_text("\n".join(inputs) + "\n")
     assert project.run("adapt", *ASK, "--batch-size=1", "--inputs", path) == expected
-    assert ask(project, *ASK, "--inputs=-", stdin="\n".join(inputs)) == expected
+    assert ask(project, *ASK, "--inputs=-", stdin="\n".join(inputs))[0] == expected
+    path.write_text("\ufeff" + "\r\n".join(inputs))                     # as another system's editor saves it
+    assert project.run("adapt", *ASK, "--batch-size=1", "--inputs", path) == expected
 
 
 def test_many_tasks_in_a_file_answer_as_each_alone(project, tmp_path):
@@ -441,9 +448,11 @@ def test_sampling_draws_answers_which_follow_the_seed(project, monkeypatch):
     assert not seen[-1]
 
 
-def test_a_prompt_loop_asks_for_instructions_and_inputs(project):
-    out = ask(project, *SHORT, stdin="Find the city.\nAnna went to Paris.\n\nFind the day.\nIt is Monday.\n")
-    assert out.count("instruction: ") == 2 and out.count("input: ") == 4
+def test_a_prompt_loop_asks_for_instructions_and_inputs_on_standard_error(project):
+    out, err = ask(project, *SHORT, stdin="Find the city.\nAnna went to Paris.\n\nFind the day.\nIt is Monday.\n")
+    assert out.count("\n") == 2 and err.count("instruction: ") == 2 and err.count("input: ") == 4
+    out, err = ask(project, *ASK, "--json", stdin="Anna went to Paris.\n")         # the instruction is there already
+    assert json.loads(out)["input"] == "Anna went to Paris." and err.count("instruction: ") == 0
 
 
 def test_save_then_adapter_answers_the_same(project, tmp_path):
@@ -481,7 +490,10 @@ def test_the_shipped_model_knows_a_foreign_instruction_as_far():
 
 @pytest.mark.parametrize("flags, said", [
     ([*ASK, "--demo", "no arrow"], "=>"), (["--demo", "a => b"], "--demo"),
-    (["--input", "a"], "--instruction"), (["--save", "x"], "--instruction"),
+    (["--input", "a"], "--instruction"), (["--save", "x"], "--instruction"), ([*ASK, "--choices", "a|a"], "--choices"),
+    ([*ASK, "--choices", "a|b", "--beams", "2"], "--beams"), ([*ASK, "--lossy", "--save", "x"], "--lossy"),
+    ([*ASK, "--save", "x", "--merge", "x"], "--save"), ([*ASK, "--save", "x", "--export", "y"], "--lossy"),
+    ([*ASK, "--save", "runs"], "--save"), (["--adapter", "runs", "--input", "a"], "no saved adapter"),
     ([*ASK, "--instruction", "Find the day."], "--combine"), ([*ASK, "--combine"], "--combine"),
     ([*ASK, "--instruction", "Find the day.", "--combine", "1"], "weights"), ([*ASK, "--instruction", "Find the day.", "--combine", "1,x"], "--combine"),
     ([*ASK, "--instruction", "Find the day.", "--combine", "0,0"], "weights"),
@@ -503,6 +515,118 @@ def test_a_bad_line_of_tasks_is_named(project, tmp_path, row):
     path = tmp_path / "tasks.jsonl"
     path.write_text(json.dumps(row) + "\n")
     assert str(path) in project.refuses("adapt", "--instructions", path)
+
+
+def test_an_empty_line_or_file_of_inputs_is_named(project, tmp_path):
+    path = tmp_path / "inputs.txt"
+    path.write_text("Anna went to Paris.\n\nTom saw a dog.\n")
+    line = project.refuses("adapt", *ASK, "--inputs", path, "--batch-size=8")
+    assert str(path) in line and "line 2 is empty" in line
+    path.write_bytes(b"\xff\xfe\x00")
+    assert str(path) in project.refuses("adapt", *ASK, "--inputs", path)
+
+
+def test_an_adapter_whose_llm_is_elsewhere_names_it_and_takes_a_checkpoint(project, tmp_path):
+    one = project.run("adapt", *ASK, "--input", "Anna went to Paris.", "--save", tmp_path / "kept")
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    moved = shutil.move(tmp_path / "kept", tmp_path / "far" / "away" / "kept")
+    with pytest.raises(SystemExit) as end:
+        call(adapt, "--adapter", str(moved), "--input", "Anna went to Paris.")
+    assert end.value.code == 2
+    assert project.run("adapt", "--adapter", moved, "--input", "Anna went to Paris.", *SHORT) == one
+
+
+@pytest.mark.parametrize("damage", ["swapped", "a tensor gone", "scale", "rank", "task", "cut", "config cut"])
+def test_a_damaged_adapter_is_refused(full, alone, tmp_path, damage):
+    folder = str(tmp_path / "kept")
+    TAGI.load(full).adapt(INSTRUCTIONS[:1]).save(folder)
+    path = f"{folder}/adapter.safetensors"
+    record = yaml.safe_load(open(f"{folder}/config.yaml"))
+    if damage == "swapped":
+        TAGI.load(alone).adapt(INSTRUCTIONS[:1]).save(str(tmp_path / "other"))
+        shutil.copy(tmp_path / "other" / "adapter.safetensors", path)
+    elif damage == "a tensor gone":
+        common.save_tensors(path, dict(list(load_file(path).items())[1:]))
+    elif damage == "cut":
+        os.truncate(path, 100)
+    elif damage == "config cut":
+        os.truncate(f"{folder}/config.yaml", 100)
+    else:
+        changed = {"scale": {"scale": "abc"}, "rank": {"rank": 4}, "task": {"adapted_to": None}}[damage]
+        (tmp_path / "kept" / "config.yaml").write_text(yaml.safe_dump(record | changed))
+    with pytest.raises(UserError, match=folder):
+        Adapter.load(folder)
+
+
+def test_loaded_adapters_of_several_models_are_not_combined_and_those_of_one_are(full, alone, tmp_path):
+    for name, checkpoint in (("a", full), ("b", full), ("c", alone)):
+        TAGI.load(checkpoint).adapt(INSTRUCTIONS[:1]).save(str(tmp_path / name))
+    a, b, c = (Adapter.load(str(tmp_path / name)) for name in "abc")
+    for pair in ([a, c], [c, a]):
+        with pytest.raises(UserError, match="several models"):
+            Adapter.combine(pair)
+    tagi = TAGI.load(full)
+    both = scores(tagi, Adapter.combine([a, b]))
+    assert torch.equal(both, scores(tagi, Adapter.combine([Adapter.load(str(tmp_path / "a")), tagi.adapt(INSTRUCTIONS[:1])])))
+
+
+def test_a_sum_of_sums_is_told_and_exported_as_one(alone, tmp_path):
+    tagi = TAGI.load(alone)
+    a, b = tagi.adapt(INSTRUCTIONS[:2])
+    again = Adapter.combine([Adapter.combine([a, b], [0.5, 2.0]), b], [1.0, 0.25])
+    assert [part["weight"] for part in again.tasks[0]["combined"]] == [0.5, 2.0, 0.25]
+    again.export(str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("Instruction (weight") == 3 and "not measured" in card
+
+
+def test_a_second_thread_cannot_merge_while_one_generates_and_a_failed_merge_leaves_nothing(alone):
+    tagi, caught = TAGI.load(alone), []
+    adapter, before = tagi.adapt(INSTRUCTIONS[:1]), plain(TAGI.load(alone))
+
+    def other():
+        try:
+            tagi.merge(adapter)
+        except RuntimeError as error:
+            caught.append(str(error))
+    with tagi.adapted(adapter):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(caught) == 1 and tagi.merged is None
+    broken = Adapter(dict(list(adapter.weights.items())[:-1]), adapter.states, adapter.mask, adapter.fusion, model=tagi)
+    with pytest.raises(KeyError):
+        tagi.merge(broken)
+    assert torch.equal(plain(tagi), before)
+
+
+def test_an_adapter_made_in_bf16_is_run_in_fp32(full, tmp_path):
+    TAGI.load(full, precision="bf16").adapt(INSTRUCTIONS[:1]).save(str(tmp_path / "kept"))
+    own = TAGI.load(str(tmp_path / "kept"))
+    found, expected = scores(own, Adapter.load(str(tmp_path / "kept"))), scores(TAGI.load(full), TAGI.load(full).adapt(INSTRUCTIONS[:1]))
+    assert found.isfinite().all() and (found - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_a_scaled_exports_card_claims_no_score_and_a_saved_ones_names_its_hypernetwork(alone, tmp_path):
+    tagi = TAGI.load(alone)
+    tagi.adapt(INSTRUCTIONS[:1], scale=0.5).export(str(tmp_path / "half"))
+    assert "not measured" in (tmp_path / "half" / "README.md").read_text()
+    tagi.adapt(INSTRUCTIONS[:1]).save(str(tmp_path / "kept"))
+    loaded = Adapter.load(str(tmp_path / "kept"))
+    loaded.check(TAGI.load(str(tmp_path / "kept")))
+    loaded.export(str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert t5.tensors_digest(tagi.trainable()) in card and "the same" in card
+
+
+def test_white_space_one_text_and_nothing_are_no_instructions(full):
+    tagi = TAGI.load(full)
+    for wrong in ("say it", ["  "], [*INSTRUCTIONS, "\n"]):
+        with pytest.raises(UserError, match="list of instructions"):
+            tagi.adapt(wrong)
+    with pytest.raises(UserError, match="weights"):
+        Adapter.combine([])
+    assert len(tagi.adapt(INSTRUCTIONS[:2])[1:1]) == 0
 
 
 def test_a_folder_that_is_no_adapter_is_named(project, tmp_path):

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 import lora
+from bench.teachers import svd_factors
 import train_hyper
 from conftest import KINDS, close, make_llm
 
@@ -286,13 +287,13 @@ def singular_values(product, r):
 def test_svd_factors_keep_the_products_and_split_singular_values_evenly():
     """Rows of A and columns of B are orthogonal, each of length √s, the largest first; one task alone gives the same."""
     a, _ = sets()
-    factors = lora.svd_factors(a)
+    factors = svd_factors(a)
     close(products(factors), products(a))
     for site, (A, B) in factors.items():
         assert (A.shape, B.shape) == (a[site][0].shape, a[site][1].shape)
         S = torch.diag_embed(singular_values(a[site][1] @ a[site][0], 2))
         close(A @ A.mT, S), close(B.mT @ B, S)
-    alone = lora.svd_factors(lora.select(a, 1))
+    alone = svd_factors(lora.select(a, 1))
     for site, pair in lora.select(factors, 1).items():
         close(pair[0], alone[site][0]), close(pair[1], alone[site][1])
 
@@ -302,30 +303,30 @@ def test_svd_factors_are_the_same_however_the_product_was_factored():
     a, _ = sets()
     M = torch.randn(3, 2, 2, dtype=torch.float64)
     flips = torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    expected = lora.svd_factors(a)
+    expected = svd_factors(a)
     for moved in ({s: (M @ A, B @ torch.linalg.inv(M)) for s, (A, B) in a.items()},
                   {s: (flips[:, None] * A, B * flips) for s, (A, B) in a.items()}):
-        for site, pair in lora.svd_factors(moved).items():
+        for site, pair in svd_factors(moved).items():
             close(pair[0], expected[site][0]), close(pair[1], expected[site][1])
 
 
 def test_the_largest_entry_of_each_row_of_a_is_positive():
-    for A, _ in lora.svd_factors(sets()[0]).values():
+    for A, _ in svd_factors(sets()[0]).values():
         assert (A.gather(-1, A.abs().argmax(-1, keepdim=True)) > 0).all()
 
 
 def test_svd_factors_of_teachers_of_lower_rank_are_finite_and_zero_beyond_it():
     """B = 0, an A with two rows alike, and a rank larger than the layer's own sizes."""
     zero = {"q": (torch.randn(2, 3, 5), torch.zeros(2, 7, 3))}
-    A, B = lora.svd_factors(zero)["q"]
+    A, B = svd_factors(zero)["q"]
     assert not A.any() and not B.any() and A.dtype == B.dtype == torch.float32
     A, B = torch.randn(3, 5, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
     A[2] = A[1]
-    new_A, new_B = lora.svd_factors({"q": (A, B)})["q"]
+    new_A, new_B = svd_factors({"q": (A, B)})["q"]
     close(new_B @ new_A, B @ A)
     assert new_A[2].norm() < 1e-6 and new_B[:, 2].norm() < 1e-6
     wide = {"q": (torch.randn(2, 6, 5, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64))}
-    new_A, new_B = lora.svd_factors(wide)["q"]
+    new_A, new_B = svd_factors(wide)["q"]
     assert new_A.shape == (2, 6, 5) and new_B.shape == (2, 4, 6)
     assert not new_A[:, 4:].any() and not new_B[..., 4:].any()
     close(products({"q": (new_A, new_B)}), products(wide))
@@ -336,6 +337,6 @@ def test_svd_alignment_is_that_of_factors_against_the_new_factors():
     a, b = sets()
     M = torch.randn(3, 2, 2, dtype=torch.float64)
     moved = {s: (M @ A, B @ torch.linalg.inv(M)) for s, (A, B) in b.items()}
-    losses = [train_hyper.alignment_loss(a, lora.svd_factors(x), "svd") for x in (b, moved)]
+    losses = [train_hyper.alignment_loss(a, svd_factors(x), "svd") for x in (b, moved)]
     close(losses[0], losses[1])
-    close(losses[0], train_hyper.alignment_loss(a, lora.svd_factors(b), "factors"))
+    close(losses[0], train_hyper.alignment_loss(a, svd_factors(b), "factors"))

@@ -16,6 +16,7 @@ import config
 import data
 import hypernet
 import lora
+from bench.teachers import load_teachers, save_teacher
 import t5
 import train_hyper
 import train_teacher
@@ -315,7 +316,7 @@ def runs(tmp_path_factory, tasks):
     torch.manual_seed(0)
     for t in tasks:
         weights = {s: (A, 0.5 * torch.randn_like(B)) for s, (A, B) in lora.init_weights(llm, 2, 0).items()}
-        lora.save_teacher(f"{root}/lora", vars(options), t.name, weights)
+        save_teacher(f"{root}/lora", vars(options), t.name, weights)
     start = make_tagi("v1.1", *ALL, *common_flags)[0]
     start.options.llm_fingerprint = options.llm_fingerprint
     weights = randomize(start, scale=0.2).trainable()
@@ -412,7 +413,7 @@ def by_hand(options, lambda_ins):
     plain = t5.load_llm(f"{options.runs}/meta")[0].requires_grad_(False)
     options.llm_fingerprint = t5.fingerprint(plain)
     lora.inject_lora(plain, ["q", "v"], 2, 3)
-    teachers = lora.load_teachers(f"{options.runs}/lora", units, plain, vars(options), "")
+    teachers = load_teachers(f"{options.runs}/lora", units, plain, vars(options), "")
     teacher_logits = []
     for n in range(6):
         lora.merge(plain, lora.select(teachers, batch["teacher"][n // 2].item()))

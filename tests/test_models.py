@@ -14,6 +14,7 @@ import config
 import data
 import evaluate
 import lora
+from bench.teachers import load_teachers, save_teacher
 import t5
 import train_teacher
 from bench import predictions, report
@@ -113,7 +114,7 @@ def teach(folder, llm, group, units, *flags):
     lora.inject_lora(llm, ["q", "v"], options.rank, options.alpha)
     run = mock.Mock(folder=str(folder), options=options, rank=0, stop=mock.Mock(asked=0), record=lambda: record)
     train_teacher.train_group(run, llm, make_tokenizer(), group, units)
-    return lora.load_teachers(str(folder), group, llm, record, "")
+    return load_teachers(str(folder), group, llm, record, "")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,16 +163,16 @@ def test_a_missing_teacher_or_one_of_another_llm_rank_or_alpha_is_one_line(tasks
     teach(tmp_path, llm, ["one"], units)
     expected = {"rank": 2, "alpha": 4, "llm_fingerprint": "print"}
     with pytest.raises(common.UserError, match="two.*no LoRA teacher for two; first run COMMAND"):
-        lora.load_teachers(str(tmp_path), ["one", "two"], llm, expected, "COMMAND")
+        load_teachers(str(tmp_path), ["one", "two"], llm, expected, "COMMAND")
     expected["llm_fingerprint"] = "other print"
     with pytest.raises(common.UserError, match="another LLM"):
-        lora.load_teachers(str(tmp_path), ["one"], llm, expected, "")
+        load_teachers(str(tmp_path), ["one"], llm, expected, "")
     expected |= {"llm_fingerprint": "print", "rank": 3}
     with pytest.raises(common.UserError, match="--rank 2, not 3.*COMMAND --fresh"):
-        lora.load_teachers(str(tmp_path), ["one"], llm, expected, "COMMAND")
+        load_teachers(str(tmp_path), ["one"], llm, expected, "COMMAND")
     expected |= {"rank": 2, "alpha": 8}
     with pytest.raises(common.UserError, match="--alpha 4.0, not 8.*COMMAND --fresh"):
-        lora.load_teachers(str(tmp_path), ["one"], llm, expected, "COMMAND")
+        load_teachers(str(tmp_path), ["one"], llm, expected, "COMMAND")
 
 
 # -------------------------------------------------------------------------------------------------------------- texts

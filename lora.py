@@ -211,7 +211,7 @@ def flatten(weights: Weights) -> dict[str, torch.Tensor]:
 
 # --------------------------------------------------- adapters: what instructions become, and files
 
-# What of a model's record says whether an adapter is for it.
+# What of a model's record says whether an adapter is for it, and is run as it was.
 MARKS = ("llm_fingerprint", "targets", "rank", "alpha", "format", "fusion", "shared_digest")
 
 
@@ -278,21 +278,26 @@ class Adapter:
             raise UserError("these adapters are of several models; combine those of one")
         first, n = pairs[0][0], len(pairs)
         combined = {}
+        # Σ w·B·A of all is one product of factors that stand side by side.
         for site in first.weights or {}:
-            A = [adapter.weights[site][0] for adapter, _ in pairs]
-            B = [adapter.weights[site][1] * (w * adapter.scale) for adapter, w in pairs]
+            A, B = [], []
+            for adapter, w in pairs:
+                A.append(adapter.weights[site][0])
+                B.append(adapter.weights[site][1] * (w * adapter.scale))
             combined[site] = torch.cat(A, 1), torch.cat(B, 2)       # (1, n·r, D_in), (1, D_out, n·r)
         fusion = []
         for l in range(len(first.fusion)):
             keys = [adapter.fusion[l][0] for adapter, _ in pairs]
             values = [adapter.fusion[l][1] * (n * w * adapter.scale) for adapter, w in pairs]
             fusion.append((torch.cat(keys, 2), torch.cat(values, 2)))           # (1, H, ΣS, d_kv)
-        parts = []                              # told as a sum of instructions, however it was made
+        parts, states, masks = [], [], []
         for adapter, w in pairs:
+            states.append(adapter.states)
+            masks.append(adapter.mask)
+            # Told as a sum of instructions, however it was made.
             for task in (adapter.tasks or [{}])[0].get("combined", adapter.tasks or []):
                 parts.append(task | {"weight": w * adapter.scale * task.get("weight", 1)})
-        return Adapter(combined or None, torch.cat([adapter.states for adapter, _ in pairs], 1),
-                       torch.cat([adapter.mask for adapter, _ in pairs], 1), fusion, 1.0,
+        return Adapter(combined or None, torch.cat(states, 1), torch.cat(masks, 1), fusion, 1.0,
                        [{"combined": parts}], first.model, first.record)
 
     # ------------------------------------------------------------------------------------- files
@@ -379,6 +384,7 @@ class Adapter:
     def merge_into_t5(self, folder: str, lossy: bool = False) -> None:
         """Write the frozen LLM, this LoRA, gains and embeddings as a plain T5; raises as `export`."""
         model, _ = self._for_others(lossy, ["fusion"])          # embeddings are not lost here
+        # The frozen LLM holds the adapter only while it is written.
         with new_folder(folder) as unfinished:
             model.merge(self)
             try:

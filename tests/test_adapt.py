@@ -493,7 +493,7 @@ def test_the_shipped_model_knows_a_foreign_instruction_as_far():
     (["--input", "a"], "--instruction"), (["--save", "x"], "--instruction"), ([*ASK, "--choices", "a|a"], "--choices"),
     ([*ASK, "--choices", "a|b", "--beams", "2"], "--beams"), ([*ASK, "--lossy", "--save", "x"], "--lossy"),
     ([*ASK, "--save", "x", "--merge", "x"], "--save"), ([*ASK, "--save", "x", "--export", "y"], "--lossy"),
-    ([*ASK, "--save", "runs"], "--save"), (["--adapter", "runs", "--input", "a"], "no saved adapter"),
+    ([*ASK, "--save", "RUNS"], "--save"), (["--adapter", "RUNS", "--input", "a"], "no saved adapter"),
     ([*ASK, "--instruction", "Find the day."], "--combine"), ([*ASK, "--combine"], "--combine"),
     ([*ASK, "--instruction", "Find the day.", "--combine", "1"], "weights"), ([*ASK, "--instruction", "Find the day.", "--combine", "1,x"], "--combine"),
     ([*ASK, "--instruction", "Find the day.", "--combine", "0,0"], "weights"),
@@ -502,10 +502,10 @@ def test_the_shipped_model_knows_a_foreign_instruction_as_far():
     ([*ASK, "--instructions", "x.jsonl"], "--instructions"), ([*ASK, "--adapter", "x"], "--adapter"),
     ([*ASK, "--export", "x"], "--lossy"), ([*ASK, "--merge", "x"], "--lossy"),
     ([*ASK, "--beam", "2"], "--beam")])
-def test_bad_input_is_one_line(project, flags, said, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert said in project.refuses("adapt", *flags)
-    assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])      # that of the project
+def test_bad_input_is_one_line(project, flags, said, tmp_path):
+    places = {"x": tmp_path / "x", "y": tmp_path / "y", "RUNS": project.runs}
+    assert said in project.refuses("adapt", *(places.get(word, word) for word in flags))
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
 
 
 @pytest.mark.parametrize("row", [{"input": "a"}, {"instruction": " ", "input": "a"}, {"instruction": "a", "input": ""},

@@ -327,6 +327,7 @@ class Adapter:
             tensors |= {f"fusion.{l}.keys": keys, f"fusion.{l}.values": values}
         record = record_of(model) | {"scale": self.scale, "adapted_to": self.tasks}
         record["adapter_digest"] = digest_of(record, tensors)
+        record["hypernetwork_digest"] = t5.hypernetwork_digest(model)
         if record["llm_is_relative"]:                   # so that both can be moved together
             record["llm_path"] = os.path.relpath(model.llm_path, folder)
         with new_folder(folder) as unfinished:
@@ -428,10 +429,8 @@ def shared_of(model) -> dict:
 
 def record_of(model) -> dict:
     """What a saved adapter of this TAGI is to be known by and loaded with."""
-    own = t5.tensors_digest(model.trainable())              # a saved adapter's model has no generator
-    return vars(model.options) | {
-        "generator": "none", "adapter": True, "shared_digest": t5.tensors_digest(shared_of(model)),
-        "hypernetwork_digest": getattr(model.options, "hypernetwork_digest", own)}
+    return vars(model.options) | {"generator": "none", "adapter": True,
+                                  "shared_digest": t5.tensors_digest(shared_of(model))}
 
 
 def digest_of(record: dict, tensors: dict) -> str:

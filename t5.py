@@ -71,9 +71,13 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
 def save_llm(folder: str, record: dict, llm, tokenizer, *args, **kwargs) -> None:
     """Write a checkpoint of ours (`common.save_checkpoint`) that is one of Transformers' too."""
     os.makedirs(folder, exist_ok=True)
+    save_all_but_weights(folder, llm, tokenizer)
+    common.save_checkpoint(folder, record, dict(llm.named_parameters()), *args, **kwargs)
+
+
+def save_all_but_weights(folder: str, llm, tokenizer) -> None:
     for part in (llm.config, llm.generation_config, tokenizer):
         part.save_pretrained(folder)
-    common.save_checkpoint(folder, record, dict(llm.named_parameters()), *args, **kwargs)
 
 
 def load_tokenizer(path: str):
@@ -266,9 +270,8 @@ def card(task: dict, model, numbers: str, lost: list[str], as_trained: bool) -> 
     """The README.md that goes with an export: what the hypernetwork read, and from what."""
     options = model.options
     data_form = "<the input>" if model.verbatim else "Input: <the input>\n    Output: "
-    digest = getattr(options, "hypernetwork_digest", tensors_digest(model.trainable()))
     facts = {"rank, alpha, scale": numbers,
-             "hypernetwork's weights (digest)": digest,
+             "hypernetwork's weights (digest)": hypernetwork_digest(model),
              "frozen LLM (fingerprint)": options.llm_fingerprint,
              "training data (digest)": getattr(options, "data_digest", "not recorded"),
              "score of the whole model": getattr(options, "score", "not recorded"),
@@ -311,8 +314,7 @@ def write_merged(folder: str, llm, tokenizer, gains, embedding_delta=None) -> No
     weights |= scaled_norms(llm, gains)
     if embedding_delta is not None:
         weights["shared.weight"] = weights["shared.weight"] + embedding_delta
-    for part in (llm.config, llm.generation_config, tokenizer):
-        part.save_pretrained(folder)
+    save_all_but_weights(folder, llm, tokenizer)
     common.save_tensors(f"{folder}/model.safetensors", weights, {"format": "pt"})
 
 
@@ -335,6 +337,12 @@ def fingerprint(llm) -> str:
         shape = f"{name.replace('.linear.', '.')}{tuple(p.shape)}"
         digest.update(shape.encode() + values.tobytes())
     return digest.hexdigest()[:16]
+
+
+def hypernetwork_digest(model) -> str:
+    """Of a TAGI's trained weights; a saved adapter's model has them no more, but this digest."""
+    recorded = getattr(model.options, "hypernetwork_digest", None)
+    return recorded or tensors_digest(model.trainable())
 
 
 def tensors_digest(tensors: dict) -> str:

@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import random
-import re
 import string
 import warnings
 from collections import Counter

@@ -18,7 +18,6 @@ import functools
 import itertools
 import json
 import os
-import sys
 
 import torch
 from tqdm import tqdm

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import common
 import t5
+from bench import export
 from common import UserError
 
 # Letters of the shapes in comments:
@@ -376,9 +377,9 @@ class Adapter:
         r = next(iter(self.weights.values()))[0].shape[1]       # a combination's is larger
         alpha = options.alpha / options.rank * r * self.scale
         with new_folder(folder) as unfinished:
-            t5.write_peft(unfinished, model.llm_path, select(self.weights, 0), alpha,
-                          options.targets.split(","), t5.scaled_norms(model.llm, model.norm_gains))
-            text = t5.card(task, model, f"{r}, {alpha:g}, {self.scale:g}",
+            export.write_peft(unfinished, model.llm_path, select(self.weights, 0), alpha,
+                          options.targets.split(","), export.scaled_norms(model.llm, model.norm_gains))
+            text = export.card(task, model, f"{r}, {alpha:g}, {self.scale:g}",
                            lost, as_trained=self.scale == 1 and "combined" not in task)
             common.write_text(f"{unfinished}/README.md", text)
 
@@ -389,7 +390,7 @@ class Adapter:
         with new_folder(folder) as unfinished:
             model.merge(self)
             try:
-                t5.write_merged(unfinished, model.llm, model.tokenizer, model.norm_gains,
+                export.write_merged(unfinished, model.llm, model.tokenizer, model.norm_gains,
                                 model.embedding_delta)
             finally:
                 model.unmerge()

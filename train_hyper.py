@@ -26,7 +26,8 @@ import config
 import data
 import lora
 import t5
-from bench import sample
+from bench import optim, sample
+from bench.runs import Run
 from bench.teachers import load_teachers, svd_factors
 from common import UserError
 from hypernet import TAGI
@@ -388,7 +389,7 @@ def train(options, run):
             teacher_llm = load_kl_teacher(options, run, path, tagi)
 
     # Where it starts: at 0, or where a run that was stopped left off.
-    optimizer = config.make_optimizer(parameters, options)
+    optimizer = optim.make_optimizer(parameters, options)
     start = run.resume(parameters, optimizer)
     if options.stage == "finetune" and options.pretrained and start == 0:
         start_from_pretrained(options, run, parameters)
@@ -400,7 +401,7 @@ def train(options, run):
         common.save_checkpoint(run.folder, run.record(), parameters, optimizer, step, finished)
 
     for step in range(start, options.steps):
-        lr = config.learning_rate(options, step)
+        lr = optim.learning_rate(options, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -421,7 +422,7 @@ def train(options, run):
                 totals[name] = totals.get(name, 0) + term.detach()
 
         # One step with the gradients of all ranks.
-        config.sum_gradients(parameters.values())
+        optim.sum_gradients(parameters.values())
         if options.clip:
             nn.utils.clip_grad_norm_(parameters.values(), options.clip)
         optimizer.step()
@@ -441,7 +442,7 @@ def main(argv=None):
     is_text = options.stage == "pretrain"
     read = data.text_digest(options.text) if is_text else data.tasks_digest(options)
     folder = os.path.join(options.runs, options.name or options.stage)
-    run = common.Run(folder, options, rank, world, read)
+    run = Run(folder, options, rank, world, read)
     if not run.finished:
         train(options, run)
 

@@ -28,10 +28,10 @@ import config
 import data
 import lora
 import t5
-from bench import sample
-from bench.teachers import save_teacher, teacher_folder
+from bench import optim, sample
+from bench.runs import Log, Run, leave
+from bench.teachers import load_start, save_teacher, teacher_folder
 from common import UserError
-from hypernet import TAGI
 
 # Letters of the shapes in comments:
 #   N  examples      T  tokens of one      C  target tokens      V  vocabulary      U  teachers
@@ -103,11 +103,11 @@ def train_together(run, llm, parameters, get_batch, save, path=None, tasks=None,
     """Train parameters, {name: tensor}, on get_batch(step, micro) -> (ids, mask, labels).
 
     save(optimizer, step, finished) writes a checkpoint; path: where the LLM came from; tasks: those
-    that the batches are of; restart: as in `config.learning_rate`.
+    that the batches are of; restart: as in `optim.learning_rate`.
     """
     options = run.options
     # Where it starts: at 0, or where a run that was stopped left off.
-    optimizer = config.make_optimizer(parameters, options)
+    optimizer = optim.make_optimizer(parameters, options)
     start = run.resume(parameters, optimizer)
     run.begin(path)
     if run.rank == 0 and tasks is not None:
@@ -115,7 +115,7 @@ def train_together(run, llm, parameters, get_batch, save, path=None, tasks=None,
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     for step in range(start, options.steps):
-        lr = config.learning_rate(options, step, restart)
+        lr = optim.learning_rate(options, step, restart)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -138,7 +138,7 @@ def train_together(run, llm, parameters, get_batch, save, path=None, tasks=None,
             total += loss.detach()
 
         # One step with the gradients of all ranks.
-        config.sum_gradients(parameters.values())
+        optim.sum_gradients(parameters.values())
         if options.clip:
             nn.utils.clip_grad_norm_(parameters.values(), options.clip)
         optimizer.step()
@@ -258,20 +258,6 @@ def train_lora(options, run):
     run.stop.leave_if_asked(options.device)
 
 
-def load_start(options, run, path, tasks_of):
-    """The TAGI of --init-from. Raises UserError where it generates no start for these teachers."""
-    if max(map(len, tasks_of.values())) > 1:    # a mean of products B·A is no such product
-        raise UserError(f"--init-from needs one task a teacher, unlike --unit {options.unit}; choose "
-                        "--unit task")
-    folder = options.init_from
-    tagi = TAGI.load(folder, options.device, options.precision)
-    config.check_fits(run.record(), folder, vars(tagi.options), ("rank", "alpha", "targets"), path,
-                    "name another with --init-from")
-    if tagi.generator is None:
-        raise UserError(f"{folder} has --generator none, so it generates no LoRA; name another")
-    return tagi
-
-
 def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
     """Train U independent teachers in batches that mix them, from what a given TAGI generates."""
     # Every teacher gets the gradient and the step that it would get alone: losses are added up,
@@ -286,11 +272,11 @@ def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
     for site, pair in weights.items():
         for i, p in enumerate(pair):
             parameters[f"{site}.{i}"] = p.requires_grad_()
-    optimizer = config.make_optimizer(parameters, options)
+    optimizer = optim.make_optimizer(parameters, options)
     # What is saved on the way is of just these teachers, and of all of them.
     unfinished = os.path.join(run.folder, f"unfinished-{common.digest(repr(group))}")
     start = common.resume(unfinished, options.fresh, parameters, optimizer)
-    log = common.Log(run.folder, options, start, run.rank, summed=False)
+    log = Log(run.folder, options, start, run.rank, summed=False)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     # A teacher draws the same alone and in any group: micro-batches are numbered among all's.
@@ -313,7 +299,7 @@ def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
 
     lora.set_weights(llm, weights)
     for step in range(start, options.steps):
-        lr = config.learning_rate(options, step)
+        lr = optim.learning_rate(options, step)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
 
@@ -342,7 +328,7 @@ def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
         if not last and (run.stop.asked or (step + 1) % options.save_every == 0):
             common.save_checkpoint(unfinished, run.record(), parameters, optimizer, step + 1)
             if run.stop.asked:
-                common.leave(run.folder, step + 1, log)
+                leave(run.folder, step + 1, log)
 
     # Each teacher becomes a checkpoint of its own.
     lora.set_weights(llm, None)
@@ -350,7 +336,7 @@ def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
         save_teacher(run.folder, run.record(), teacher, lora.select(weights, u))
     shutil.rmtree(unfinished, ignore_errors=True)
     if run.stop.asked:                          # in the last step: these teachers are done
-        common.leave(run.folder, options.steps, log)
+        leave(run.folder, options.steps, log)
     log.close()
 
 
@@ -440,7 +426,7 @@ def main(argv=None):
         digests = data.text_digest(options.text) if stage == "base" else data.tasks_digest(options)
         folder = os.path.join(options.runs, options.name or stage)
         # LoRA teachers are shared out among ranks; what else there is they train together.
-        run = common.Run(folder, options, rank, world, digests,
+        run = Run(folder, options, rank, world, digests,
                          ranks_share_a_batch=stage != "lora")
         if not run.finished:
             STAGES[stage](options, run)

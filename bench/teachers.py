@@ -9,6 +9,7 @@ import common
 import config
 import lora
 from common import UserError
+from hypernet import TAGI
 
 
 def teacher_folder(folder: str, teacher: str) -> str:
@@ -53,6 +54,20 @@ def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: di
         common.check_digests(expected, path, vars(common.load_options(path)))
         common.load_weights(lora.flatten(lora.select(stacked, n)), path)
     return stacked
+
+
+def load_start(options, run, path, tasks_of):
+    """The TAGI of --init-from. Raises UserError where it generates no start for these teachers."""
+    if max(map(len, tasks_of.values())) > 1:    # a mean of products B·A is no such product
+        raise UserError(f"--init-from needs one task a teacher, unlike --unit {options.unit}; choose "
+                        "--unit task")
+    folder = options.init_from
+    tagi = TAGI.load(folder, options.device, options.precision)
+    config.check_fits(run.record(), folder, vars(tagi.options), ("rank", "alpha", "targets"), path,
+                    "name another with --init-from")
+    if tagi.generator is None:
+        raise UserError(f"{folder} has --generator none, so it generates no LoRA; name another")
+    return tagi
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                    # a wrong path must not become a search of the hub
 
 import adapt
-import common
 import evaluate
 from bench import sample
+from bench.runs import Log
 import train_hyper
 import train_teacher
 from conftest import THREADS
@@ -159,7 +159,7 @@ def process(*words, code=0) -> subprocess.CompletedProcess:
 
 def at_step(monkeypatch, n, do) -> None:
     """Have `do()` called just after the log of the n-th step that is run from here on."""
-    count, log = [0], common.Log.__call__
+    count, log = [0], Log.__call__
 
     def logged(self, *args):
         log(self, *args)
@@ -167,7 +167,7 @@ def at_step(monkeypatch, n, do) -> None:
         if count[0] == n:
             do()
 
-    monkeypatch.setattr(common.Log, "__call__", logged)
+    monkeypatch.setattr(Log, "__call__", logged)
 
 
 def interrupt():

@@ -25,7 +25,8 @@ import lora
 import t5
 import train_hyper
 import train_teacher
-from bench import report, rouge
+from bench import optim, report, rouge
+from bench.runs import Log
 
 TERMS = {"base": {"loss"}, "meta": {"loss"}, "lora": {"loss"}, "lora-all": {"loss"},
          "pretrain": {"loss", "ce"},
@@ -80,7 +81,7 @@ def test_the_log_keeps_small_terms(finished):
 def test_the_log_has_about_a_hundred_lines_or_one_every_20_steps_and_one_for_the_last(
         tmp_path, steps, every):
     options = argparse.Namespace(steps=steps, device="cpu")
-    log = common.Log(str(tmp_path), options, start=0, rank=0)
+    log = Log(str(tmp_path), options, start=0, rank=0)
     for step in range(1, steps + 1):
         log(step, 0.1, {"loss": torch.tensor(1.0)})
     log.close()
@@ -189,7 +190,7 @@ def test_the_learning_rate_starts_anew_after_a_share_of_the_steps(schedule):
     """As if there were two trainings, of 71 and 29 steps; without a restart there is one."""
     def rates(steps, restart=0.0):
         options = argparse.Namespace(steps=steps, lr=0.01, warmup=0.1, schedule=schedule)
-        return [config.learning_rate(options, step, restart) for step in range(steps)]
+        return [optim.learning_rate(options, step, restart) for step in range(steps)]
     assert rates(100, 0.71) == rates(71) + rates(29)
     one = rates(100)
     assert one[9] == max(one) == 0.01 and one[0] == 0.001

@@ -11,11 +11,12 @@ pytest_plugins = ("stages",)
 from conftest import apart
 from stages import ROOT, process
 
-import common
 import config
 import data
 import t5
 import train_teacher
+from bench import optim
+from bench.runs import Run
 
 pytestmark = pytest.mark.numbers
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -99,7 +100,7 @@ def test_ranks_that_start_at_different_times_leave_out_no_teacher(finished, tmp_
     late = finished.copy(tmp_path / "late", ("meta",))
     options = config.parse(train_teacher.parser(), "lora", late.argv("lora", "--teachers-at-once=1"))
     for rank in (0, 1):
-        run = common.Run(str(late.runs / "lora"), options, rank, 2, {}, ranks_share_a_batch=False)
+        run = Run(str(late.runs / "lora"), options, rank, 2, {}, ranks_share_a_batch=False)
         train_teacher.train_lora(options, run)
     assert len(list(late.runs.glob("lora/*/model.safetensors"))) == len(list(finished.runs.glob("lora/*/model.safetensors")))
 
@@ -141,7 +142,7 @@ def test_gradients_are_added_up_a_slice_at_a_time(monkeypatch):
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    config.sum_gradients(iter(parameters), size=6)
+    optim.sum_gradients(iter(parameters), size=6)
     assert messages == [3, 4, 6]
     assert all(torch.equal(p.grad, 2 * g) for p, g in zip(parameters, before)) and parameters[3].grad.eq(0).all()
 
@@ -169,7 +170,7 @@ def test_dropout_differs_between_micro_batches_and_is_the_same_on_two_ranks_as_i
 
         with monkeypatch.context() as patch:
             patch.setattr(t5, "logits", record)
-            run = common.Run(folder, options, rank, world, {})
+            run = Run(folder, options, rank, world, {})
             train_teacher.train_llm(run, llm, tokenizer, lambda *at: (ids, mask, labels))
         return seen
 

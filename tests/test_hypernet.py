@@ -14,6 +14,7 @@ import config
 import data
 import lora
 import t5
+from bench import optim
 from conftest import (ALL, INPUTS, INSTRUCTIONS, KINDS, OUTPUTS, close, lengthen, make_llm, make_random_tagi, make_tagi,
                       make_tokenizer, randomize, student_options, tokens)
 from hypernet import TAGI
@@ -341,7 +342,7 @@ def test_weight_decay_leaves_the_students_norm_gains_alone(name):
     """A gain without gradient stays 1, where everything else that is not 0 shrinks."""
     tagi, _ = make_tagi("v1.1", *ALL, f"--optimizer={name}", "--weight-decay=0.5", "--lr=0.1")
     parameters = tagi.trainable()
-    optimizer = config.make_optimizer(parameters, tagi.options)
+    optimizer = optim.make_optimizer(parameters, tagi.options)
     before = {key: p.detach().clone() for key, p in parameters.items()}
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
@@ -368,7 +369,7 @@ def test_a_run_whose_optimizer_had_all_in_one_group_goes_on(name, tmp_path):
         return tagi.options, tagi.trainable()
 
     options, straight = start()
-    optimizer = config.make_optimizer(straight, options)
+    optimizer = optim.make_optimizer(straight, options)
     trained(range(2), optimizer, straight)
     state = optimizer.state_dict()
     adamw = state["parts"][0]
@@ -379,7 +380,7 @@ def test_a_run_whose_optimizer_had_all_in_one_group_goes_on(name, tmp_path):
     common.save_checkpoint(str(tmp_path), vars(options), straight, saved, step=2)
     trained([2], optimizer, straight)
     options, resumed = start()
-    optimizer = config.make_optimizer(resumed, options)
+    optimizer = optim.make_optimizer(resumed, options)
     assert common.resume(str(tmp_path), False, resumed, optimizer) == 2
     trained([2], optimizer, resumed)
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)

@@ -16,6 +16,8 @@ import config
 import data
 import hypernet
 import lora
+from bench import optim
+from bench.runs import Run
 from bench.teachers import load_teachers, save_teacher
 import t5
 import train_hyper
@@ -346,7 +348,7 @@ def one_step():
 
     stubs = {"resume": resume, "save_checkpoint": mock.Mock(), "StopSignal": lambda: mock.Mock(asked=0), "Log": mock.Mock()}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(config, "make_optimizer", lambda *args: Recorder()))
+        stack.enter_context(mock.patch.object(optim, "make_optimizer", lambda *args: Recorder()))
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(common, name, stub))
         yield seen
@@ -355,7 +357,7 @@ def one_step():
 def train(options):
     """What train_hyper.py does with these options."""
     folder = os.path.join(options.runs, options.name or options.stage)
-    train_hyper.train(options, common.Run(folder, options, 0, 1, {}))
+    train_hyper.train(options, Run(folder, options, 0, 1, {}))
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 import common
-import config
 import data
 import evaluate
 import lora
 from bench.teachers import load_teachers, save_teacher
 import t5
 import train_teacher
-from bench import predictions, report
+from bench import optim, predictions, report
 from conftest import INPUTS, KINDS, OUTPUTS, apart, make_llm, make_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------- the LLM
@@ -59,7 +58,7 @@ def test_muon_takes_the_matrices_between_layers_and_adamw_the_rest(kind):
     llm = make_llm(kind)
     options = train_teacher.parser().parse_args(["--optimizer", "muon", "--lr", "0.01"])
     parameters = dict(llm.named_parameters())
-    adamw, muon = config.make_optimizer(parameters, options).parts
+    adamw, muon = optim.make_optimizer(parameters, options).parts
     names = {id(p): name for name, p in parameters.items()}
     its, rest = ([names[id(p)] for group in part.param_groups for p in group["params"]] for part in (muon, adamw))
     assert sorted(its + rest) == sorted(parameters)
@@ -73,11 +72,11 @@ def test_muon_takes_the_matrices_between_layers_and_adamw_the_rest(kind):
             optimizer.step()
 
     start = copy.deepcopy(llm.state_dict())
-    train(config.make_optimizer(parameters, options), range(4))
+    train(optim.make_optimizer(parameters, options), range(4))
     straight = copy.deepcopy(llm.state_dict())
     assert all(not torch.equal(start[name], straight[name]) for name in start)
     llm.load_state_dict(start)
-    first, second = (config.make_optimizer(parameters, options) for _ in range(2))
+    first, second = (optim.make_optimizer(parameters, options) for _ in range(2))
     train(first, range(2))
     second.load_state_dict(first.state_dict())
     train(second, range(2, 4))

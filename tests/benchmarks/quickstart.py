@@ -26,9 +26,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import train_hyper
 import train_teacher
+from bench.runs import Log
 from pages import command_line, paragraph, processor, table
 from steady import AVX2
 
@@ -57,7 +57,7 @@ def commands(environment: dict) -> list[dict]:
 
 def measure_step(stage: str) -> tuple[float, float]:
     """(seconds, FLOPs) of a training step of this stage, in this process."""
-    log, steps, last = common.Log.__call__, 0, 0.0
+    log, steps, last = Log.__call__, 0, 0.0
     seconds, counting = [], contextlib.ExitStack()
     counter = FlopCounterMode(display=False)
 
@@ -75,7 +75,7 @@ def measure_step(stage: str) -> tuple[float, float]:
             counting.close()
         last = time.perf_counter()
 
-    patched = mock.patch.object(common.Log, "__call__", logged)
+    patched = mock.patch.object(Log, "__call__", logged)
     with tempfile.TemporaryDirectory() as runs, patched:
         for needed in ("lora", "pretrain"):
             os.symlink(ROOT / "runs/sample" / needed, f"{runs}/{needed}")

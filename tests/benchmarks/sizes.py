@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import config
 import t5
 import train_hyper
+from bench import optim
 from bench.cost import timed
 from decoding import decode_adapted
 from hypernet import TAGI
@@ -73,7 +73,7 @@ def make(options, size, device):
                              options.max_input, options.max_output)
         batch["prompt"] = [x[:, :options.max_input] for x in batch["prompt"]]
     teachers = random_teachers(tagi, TEACHERS) if train_hyper.aligns(options) else None
-    return tagi, teachers, config.make_optimizer(tagi.trainable(), options), batch
+    return tagi, teachers, optim.make_optimizer(tagi.trainable(), options), batch
 
 
 def size_of(tensors):

@@ -19,7 +19,7 @@ import lora
 import t5
 import train_hyper
 import train_teacher
-from bench import sample
+from bench import optim, sample
 from pages import ROOT
 from random_t5 import train_tokenizer
 from side_by_side import (SHAPES, PeakMemory, lora_flags, make_llm, make_tagi, no_config,
@@ -100,7 +100,7 @@ def finetune(section, args):
                              shape.answer)
         tagi = make_tagi(args, "--lambda-kl=1", "--alignment=product")
         stacked = random_teachers(tagi, tasks)
-        optimizer = config.make_optimizer(tagi.trainable(), tagi.options)
+        optimizer = optim.make_optimizer(tagi.trainable(), tagi.options)
 
         def ours():
             step(tagi, optimizer, batch, stacked)
@@ -111,7 +111,7 @@ def finetune(section, args):
         parameters = lora.flatten(weights)
         for p in parameters.values():
             p.requires_grad_()
-        its_optimizer = config.make_optimizer(parameters, tagi.options)
+        its_optimizer = optim.make_optimizer(parameters, tagi.options)
         lora.set_weights(plain, weights)
 
         def usual():

@@ -1,0 +1,157 @@
+"""What --optimizer, --lr and --schedule name: rates, optimizers, gradients of all ranks."""
+import math
+
+import torch
+import torch.distributed as dist
+
+
+def learning_rate(options, step: int, restart: float = 0.0) -> float:
+    """The rate of a step, counted from 0: warm-up, then --schedule down to the end.
+
+    restart: the share of the steps after which all of that begins anew.
+    """
+    steps, first = options.steps, round(restart * options.steps)
+    if step < first:
+        steps = first
+    else:
+        step, steps = step - first, steps - first
+    # 1. Warm-up: a straight line up to the largest rate.
+    warmup = max(1, round(options.warmup * steps))
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    # 2. Constant: stays there.
+    if options.schedule == "constant":
+        return options.lr
+    # 3. A straight line down to 0, or half a cosine down to 3 %.
+    done = (step - warmup) / max(1, steps - warmup)
+    if options.schedule == "linear":
+        return options.lr * (1 - done)
+    return options.lr * (0.03 + 0.97 * (1 + math.cos(math.pi * done)) / 2)
+
+
+class Optimizers:
+    """Several optimizers, each with parameters of its own, that act as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        # Runs of earlier code saved a single optimizer as it is, and some had all parameters in
+        # one group, in the same order: the groups are always those of now.
+        parts = state["parts"] if "parts" in state else [state]
+        for part, its in zip(self.parts, parts, strict=True):
+            part.load_state_dict({**its, "param_groups": part.state_dict()["param_groups"]})
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum whose matrices are made orthogonal, steps like AdamW's.
+
+    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw") except for the arithmetic: that
+    takes one matrix at a time in bf16, which CPUs without bf16 instructions do many times slower
+    than float32. parameters: {name: matrix (a, b)}.
+    """
+
+    def __init__(self, parameters: dict, lr: float, weight_decay=0.1, momentum=0.95):
+        whole = [p for name, p in parameters.items() if not name.endswith("in_proj_weight")]
+        three = [p for name, p in parameters.items() if name.endswith("in_proj_weight")]
+        groups = [{"params": whole, "matrices": 1}, {"params": three, "matrices": 3}]   # (q; k; v)
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        stacks = {}                             # shape -> [(matrix, its update, learning rate)]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])           # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                n = group["matrices"]
+                for part, its in zip(p.chunk(n), update.chunk(n)):
+                    stacks.setdefault(its.shape, []).append((part, its, group["lr"]))
+        for shape, rows in stacks.items():
+            updates = orthogonalize(torch.stack([update for _, update, _ in rows]))
+            for (part, _, lr), update in zip(rows, updates):
+                part.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalize(stack: torch.Tensor) -> torch.Tensor:
+    """About U·Vᵀ for each U·S·Vᵀ of n matrices (n, a, b): five steps of Newton and Schulz.
+
+    With Muon's coefficients every singular value above a hundredth of the matrix's norm ends
+    between 0.68 and 1.21. On a GPU the steps are made in bf16.
+    """
+    x = stack.bfloat16() if stack.is_cuda else stack
+    x = x.mT if stack.shape[-2] > stack.shape[-1] else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)      # no singular value above 1
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    x = x.mT if stack.shape[-2] > stack.shape[-1] else x
+    return x.to(stack.dtype)
+
+
+def make_optimizer(parameters: dict, options) -> Optimizers:
+    """--optimizer over {name: parameter}.
+
+    Muon takes the matrices between layers and AdamW the rest, as Muon's authors say: embeddings,
+    head, biases, gains, and stacks of matrices.
+    """
+    apart = ("shared", "embed", "lm_head", "relative_attention_bias")
+    matrices, rest, gains = {}, [], []
+    for name, p in parameters.items():
+        if options.optimizer == "muon" and p.ndim == 2 and not any(x in name for x in apart):
+            matrices[name] = p
+        elif name.startswith("norm_gains."):    # the student's: they multiply and start at 1, and
+            gains.append(p)                     # weight decay would pull them to 0
+        else:
+            rest.append(p)
+    groups = [{"params": rest}, {"params": gains, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    shared = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.optimizer == "adafactor":
+        return Optimizers(torch.optim.Adafactor(groups, **shared))
+    adamw = torch.optim.AdamW(groups, betas=(0.9, options.beta2), fused=True, **shared)
+    return Optimizers(adamw, Muon(matrices, **shared)) if matrices else Optimizers(adamw)
+
+
+def sum_gradients(parameters, size: int = 2 ** 26) -> None:
+    """Add up the ranks' gradients; every loss was already divided by the count over all ranks.
+
+    A message holds the gradients of many parameters, but a copy of about `size` numbers (256 MB)
+    at a time.
+    """
+    if not dist.is_initialized():
+        return
+    messages, total = {}, 0                     # number of a message -> its parameters
+    for p in parameters:
+        total += p.numel()
+        messages.setdefault(total // size, []).append(p)
+    for group in messages.values():
+        for p in group:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in group])
+        dist.all_reduce(flat)
+        for p, gradient in zip(group, flat.split([p.numel() for p in group])):
+            p.grad.copy_(gradient.view_as(p))

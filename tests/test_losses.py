@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
+import bench.runs
 import common
-import config
 import data
 import hypernet
 import lora
@@ -346,9 +346,10 @@ def one_step():
         optimizer.parameters = parameters
         return 0
 
-    stubs = {"resume": resume, "save_checkpoint": mock.Mock(), "StopSignal": lambda: mock.Mock(asked=0), "Log": mock.Mock()}
+    stubs = {"resume": resume, "save_checkpoint": mock.Mock(), "StopSignal": lambda: mock.Mock(asked=0)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(optim, "make_optimizer", lambda *args: Recorder()))
+        stack.enter_context(mock.patch.object(bench.runs, "Log"))
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(common, name, stub))
         yield seen

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -45,18 +48,21 @@ def command(main):
     """Decorator of a script's main(): a UserError ends in one line and exit code 2."""
     @functools.wraps(main)
     def run(*args, **kwargs):
+        stop.listen()
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            tell_once(error)
             sys.exit(2)
         except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:                         # | head: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            stop.restore()
     return run
 
 
@@ -125,6 +131,7 @@ def save_tensors(path: str, tensors: dict, metadata: dict | None = None) -> None
 
 def _atomically(path: str, write) -> None:
     write(path + ".tmp")
+    flush(path + ".tmp")
     os.umask(umask := os.umask(0))                      # the only way to read it
     os.chmod(path + ".tmp", 0o666 & ~umask)             # safetensors' files are the owner's alone
     os.replace(path + ".tmp", path)
@@ -132,49 +139,113 @@ def _atomically(path: str, write) -> None:
 
 # ------------------------------------------------------------------------------------ processes
 
-def init_processes(device: str) -> tuple[int, int]:
-    """(rank, world) by torchrun's environment, (0, 1) without it; nccl on CUDA, gloo on CPU."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+def launched_processes() -> int:
+    """How many processes were started together: torchrun's WORLD_SIZE, and 1 without a RANK."""
+    told = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(os.environ.get(name) for name in told):
+        return 1                                        # a cluster may set WORLD_SIZE for one, too
+    return int(os.environ["WORLD_SIZE"])
+
+
+def init_processes(device: str, minutes: float = 30) -> tuple[int, int]:
+    """(rank, world) by torchrun's environment, (0, 1) without it; nccl on CUDA, gloo on CPU.
+
+    minutes: how long a rank waits for the others before it gives up.
+    """
+    world = launched_processes()
     if world == 1:
         return 0, 1
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        patience = datetime.timedelta(days=30)          # LoRA teachers: ranks meet at the end
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
+        patience = datetime.timedelta(minutes=minutes + 2)      # runs.Watch ends it before, by name
+        backend = "nccl" if device == "cuda" else "gloo"
+        with meeting():
+            dist.init_process_group(backend, timeout=patience)
     return dist.get_rank(), world
+
+
+def tell_once(error: UserError) -> None:
+    """Print it, on the rank that has it: where all have the same, rank 0's launcher ends them."""
+    if launched_processes() > 1 and os.environ["RANK"] != "0":
+        stop.at_once = True                             # the launcher's SIGTERM ends the wait
+        time.sleep(5)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+progress = 0        # meetings and steps that this process has begun: by it, Watch sees who is silent
+
+
+@contextlib.contextmanager
+def meeting():
+    """Within: what all ranks do together. Where another one is gone, this one ends in one line."""
+    global progress
+    progress += 1
+    try:
+        yield
+    except RuntimeError as error:
+        # The other one has said why it ended, and the launcher ends this one in a moment.
+        raise UserError(f"rank {os.environ['RANK']} lost another rank: {error}") from None
 
 
 def sum_over_ranks(values: list[float], device: str) -> list[float]:
     if not dist.is_initialized():
         return [float(x) for x in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    with meeting():
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def gather_over_ranks(value) -> list:
+    """Every rank's value, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    with meeting():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all_ranks() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        with meeting():
+            dist.barrier()
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM asks for a stop, which the loop sees after its step. A second one kills."""
+    """SIGINT (Ctrl-C) and SIGTERM. Between steps they ask for a stop, which the loop sees after its
+    step, and more of them change nothing; before the first step of a single process they end it."""
 
     def __init__(self):
-        self.asked, numbers = 0, (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self) for number in numbers}   # -> handler
+        self.asked, self.at_once, self.before = 0, True, {}     # before: signal -> its handler
+
+    def listen(self) -> None:
+        """From now on, in the main thread: other threads get no signals."""
+        if threading.current_thread() is threading.main_thread() and not self.before:
+            self.asked, self.at_once = 0, launched_processes() == 1
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self)
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
     def __call__(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)
+        if self.at_once:
+            raise KeyboardInterrupt
+        if not self.asked and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping: this step ends, then its state is saved\n")
         self.asked = 1
 
     def leave_if_asked(self, device: str) -> None:
-        """After a stage's last step: a Ctrl-C during it must not start the next stage."""
+        """Where no step is under way: all ranks leave, if one was asked to."""
         if sum_over_ranks([self.asked], device)[0]:
             sys.exit(130)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+
+
+stop = StopSignal()
 
 
 # -------------------------------------------------------------------- digests of what a run read
@@ -223,18 +294,86 @@ def check_fingerprint(found: str, expected: str, folder: str, llm_path: str) -> 
 
 def save_checkpoint(folder: str, record: dict, weights: dict, optimizer=None, step: int = 0,
                     finished: bool = False) -> None:
-    """Write model.safetensors, optimizer.pt where there is one, and config.yaml, each atomically.
+    """Write model.safetensors, optimizer.pt where there is one, and at last config.yaml.
 
-    record: options and what the run found out; weights: what was trained, {name: tensor}.
+    record: options and what the run found out; weights: what was trained, {name: tensor};
+    optimizer: one, or its state_dict. Raises UserError for weights that are not finite.
     """
+    check_finite(weights, f"{folder} is not written")
     make_folder(folder)
     metadata = {"format": "pt", "step": str(step), "targets": record["targets"]}
     save_tensors(f"{folder}/model.safetensors", weights, metadata)
     if optimizer is not None:
-        state = {"optimizer": optimizer.state_dict(), "step": step}
+        state = optimizer if isinstance(optimizer, dict) else optimizer.state_dict()
+        state = {"optimizer": state, "step": step}
         _atomically(f"{folder}/optimizer.pt", lambda path: torch.save(state, path))
     last = {"step": step, "finished": finished, "versions": versions()}
     write_yaml(f"{folder}/config.yaml", {**record, **last})
+
+
+def check_finite(tensors: dict, problem: str) -> None:
+    """Raises UserError where a weight is NaN or infinite."""
+    for name, p in tensors.items():
+        if p.is_floating_point() and not p.isfinite().all():
+            raise UserError(f"{problem}: its {name} holds numbers that are not finite; go on from "
+                            "an earlier checkpoint, or train it again")
+
+
+UNFINISHED = ".unfinished-"     # how the name of a folder begins that is being written
+
+
+@contextlib.contextmanager
+def new_folder(folder: str, remedy: str = "choose another folder"):
+    """Within: a folder beside it, which in the end becomes `folder`, whole; after an error it goes.
+
+    All of it is on the disk before it gets its name. Raises UserError where something is there
+    already, and where it cannot be written.
+    """
+    if os.path.lexists(folder):
+        raise UserError(f"{folder} is there already; choose another folder")
+    above = os.path.dirname(os.path.abspath(folder))
+    try:
+        os.makedirs(above, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=above, prefix=UNFINISHED) as unfinished:
+            os.mkdir(f"{unfinished}/whole")
+            yield f"{unfinished}/whole"
+            for part, _, files in os.walk(f"{unfinished}/whole", topdown=False):
+                for name in files:
+                    flush(os.path.join(part, name))
+                flush(part)
+            os.rename(f"{unfinished}/whole", folder)
+        flush(above)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{folder} cannot be written: {reason}; {remedy}") from None
+
+
+def flush(path: str) -> None:
+    """Wait until this file, or the names in this folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints_of(folder: str) -> dict[str, int]:
+    """The complete checkpoints of a stage, {folder: step}: its own folder, step-… in it; in order."""
+    found = {}
+    for path in glob.glob(f"{glob.escape(folder)}/step-*/config.yaml"):
+        number = os.path.basename(os.path.dirname(path)).removeprefix("step-")
+        if number.isdecimal():
+            found[os.path.dirname(path)] = int(number)
+    if os.path.isfile(f"{folder}/config.yaml"):
+        record = read_yaml(f"{folder}/config.yaml", "train this stage again with --fresh")
+        if "finished" in record:                        # else it is no checkpoint
+            found[folder] = int(record.get("step") or 0)
+    return dict(sorted(found.items(), key=lambda item: (item[1], item[0] == folder)))
+
+
+def checkpoint_of(folder: str) -> str | None:
+    """Where in a stage's folder the newest complete checkpoint is: there, or in step-…; or None."""
+    return next(reversed(checkpoints_of(folder)), None)
 
 
 def load_options(folder: str, needs: str = "finished") -> argparse.Namespace:
@@ -277,29 +416,40 @@ def load_weights(parameters: dict, folder: str, strict: bool = True) -> dict:
             raise UserError(f"{path} does not fit this model and its options: {name} is {there} "
                             f"there, {here} here; use the model, rank, targets and generator it "
                             "was trained with")
+    check_finite(saved, f"{path} is not loaded")
     with torch.no_grad():
         for name in both:
             parameters[name].copy_(saved[name])
     return metadata
 
 
-def resume(folder: str, fresh: bool, parameters: dict, optimizer) -> int:
-    """The step to go on from, parameters and optimizer filled; 0 where there is no run yet."""
-    if fresh or not os.path.isfile(f"{folder}/config.yaml"):
+def resume(folder: str | None, parameters: dict, optimizer) -> int:
+    """The step to go on from, parameters and optimizer filled from this checkpoint; None: 0."""
+    if folder is None:
         return 0
     step = int(load_weights(parameters, folder)["step"])
-    path = f"{folder}/optimizer.pt"
-    with named_file(path, "start over with --fresh"):
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    if state["step"] != step:
-        raise UserError(f"{folder} was cut off while it was being written; start over with --fresh")
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(load_optimizer(folder, step))
     return step
 
 
+def load_optimizer(folder: str, step: int) -> dict:
+    """The optimizer's state that was saved with the weights of this step."""
+    path = f"{folder}/optimizer.pt"
+    with named_file(path, "start over with --fresh"):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["step"] != step:
+            raise ValueError(f"it is of step {state['step']}, the weights of {step}")
+        return state["optimizer"]
+
+
+@functools.cache
 def versions() -> dict:
     import transformers
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-    return {"python": platform.python_version(), "torch": str(torch.__version__),
-            "transformers": transformers.__version__, "git": commit.stdout.strip() or "none"}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "transformers": transformers.__version__, "git": "none"}
+    here = os.path.dirname(os.path.abspath(__file__))
+    with contextlib.suppress(OSError):                  # no git on this machine
+        told = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here,
+                              capture_output=True, text=True)
+        versions["git"] = told.stdout.strip() or "none"
+    return versions

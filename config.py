@@ -167,6 +167,11 @@ def add_training_options(parser: Parser, stages: list[str], steps: int, text_len
     add("--checkpointing", default=False, **flag,
         help="gradient checkpointing: less memory, as each block of the LLM runs twice")
     add("--save-every", type=positive, default=1000, help="steps between checkpoints")
+    add("--keep", type=positive, default=2, help="so many of the newest checkpoints are kept")
+    add("--on-nan", default="stop", choices=["stop", "skip"],
+        help="where loss or gradient are not finite: stop, or leave the step out and count it")
+    add("--timeout", type=at_least(0.01, finite), default=30.0,
+        help="minutes after which a rank that does nothing ends the run")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", default="adamw", choices=["adamw", "adafactor", "muon"],

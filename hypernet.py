@@ -437,6 +437,7 @@ class TAGI(nn.Module):
 
         Raises UserError where a file is missing or is of another model, rank or set of layers.
         """
+        folder = common.checkpoint_of(folder) or folder
         options = common.load_options(folder, needs="llm_path")
         path = t5.llm_of(folder, options)
         llm, tokenizer = t5.load_llm(path, device, precision, options.attention)

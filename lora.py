@@ -5,15 +5,12 @@ wrapper holds no weights of its own. They are set from outside, so that one froz
 every teacher and the student: a teacher's weights are parameters, a student's are the output of the
 hypernetwork, and both run through one expression.
 """
-import contextlib
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import common
@@ -331,7 +328,7 @@ class Adapter:
         record["hypernetwork_digest"] = t5.hypernetwork_digest(model)
         if record["llm_is_relative"]:                   # so that both can be moved together
             record["llm_path"] = os.path.relpath(model.llm_path, folder)
-        with new_folder(folder) as unfinished:
+        with common.new_folder(folder) as unfinished:
             common.save_checkpoint(unfinished, record, shared_of(model), finished=True)
             common.save_tensors(f"{unfinished}/adapter.safetensors", tensors)
 
@@ -376,7 +373,7 @@ class Adapter:
         options, (task,) = model.options, self.tasks
         r = next(iter(self.weights.values()))[0].shape[1]       # a combination's is larger
         alpha = options.alpha / options.rank * r * self.scale
-        with new_folder(folder) as unfinished:
+        with common.new_folder(folder) as unfinished:
             export.write_peft(unfinished, model.llm_path, select(self.weights, 0), alpha,
                           options.targets.split(","), export.scaled_norms(model.llm, model.norm_gains))
             text = export.card(task, model, f"{r}, {alpha:g}, {self.scale:g}",
@@ -387,33 +384,13 @@ class Adapter:
         """Write the frozen LLM, this LoRA, gains and embeddings as a plain T5; raises as `export`."""
         model, _ = self._for_others(lossy, ["fusion"])          # embeddings are not lost here
         # The frozen LLM holds the adapter only while it is written.
-        with new_folder(folder) as unfinished:
+        with common.new_folder(folder) as unfinished:
             model.merge(self)
             try:
                 export.write_merged(unfinished, model.llm, model.tokenizer, model.norm_gains,
                                 model.embedding_delta)
             finally:
                 model.unmerge()
-
-
-@contextlib.contextmanager
-def new_folder(folder: str):
-    """Within: a folder beside it, which in the end becomes `folder`, whole; after an error it goes.
-
-    Raises UserError where something is there already, and where it cannot be written.
-    """
-    if os.path.lexists(folder):
-        raise UserError(f"{folder} is there already; choose another folder")
-    above = os.path.dirname(os.path.abspath(folder))
-    try:
-        os.makedirs(above, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=above) as unfinished:
-            os.mkdir(f"{unfinished}/whole")
-            yield f"{unfinished}/whole"
-            os.rename(f"{unfinished}/whole", folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{folder} cannot be written: {reason}; choose another folder") from None
 
 
 def loaded(model):

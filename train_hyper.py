@@ -17,7 +17,6 @@ Table 4's ablations are one option each: --no-pretrained, --fusion none, --lambd
 import os
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +27,7 @@ import lora
 import t5
 from bench import optim, sample
 from bench.runs import Run
-from bench.teachers import load_teachers, svd_factors
+from bench.teachers import load_kl_teacher, load_teachers, svd_factors
 from common import UserError
 from hypernet import TAGI
 
@@ -121,12 +120,14 @@ def pretrain_batches(options, tagi, n_micro):
 
     def get_batch(step, micro):
         rng = data.rng_of(options.seed, step, micro, 3)
-        cuts = data.cut_documents(deal(step, micro), tokenizer, 3, options.text_length, rng)
+        drawn = deal(step, micro)
+        cuts = data.cut_documents(drawn, tokenizer, 3, options.text_length, rng)
         a, b, c = [], [], []                    # each a list of K rows of ids
         for parts in cuts:
             for rows, ids in zip((a, b, c), parts):
                 rows.append(ids + [tokenizer.eos_token_id])
-        return {"instruction": data.pad(a, tokenizer.pad_token_id, device),
+        return {"drawn": drawn,
+                "instruction": data.pad(a, tokenizer.pad_token_id, device),
                 "input": data.pad(b, tokenizer.pad_token_id, device),
                 **located(data.pad(c, data.IGNORE)[0], device), "index": None}
     return get_batch
@@ -162,6 +163,7 @@ def finetune_batches(options, tagi, n_micro, tasks):
                 outputs.append(output)
                 prompts.append((draw.definition, demos, prompt))
         batch = {
+            "drawn": drawn,                     # for an error that names tasks
             # what the hypernetwork reads, (K, S), and the student, (N, T), each with its mask
             "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in rows],
                                                     options.max_instruction, device, verbatim),
@@ -214,20 +216,6 @@ def start_from_pretrained(options, run, parameters):
                             "again with --fresh, or start without it: --no-pretrained")
     common.check_digests(new, folder, old)
     common.load_weights(parameters, folder, strict=False)
-
-
-def load_kl_teacher(options, run, llm_path, tagi):
-    """Another checkpoint as KL teacher; None where it is the frozen LLM, which needs no copy."""
-    is_meta = options.kl_teacher == "meta"
-    path = t5.meta_path(options, run.found) if is_meta else options.kl_teacher
-    if os.path.abspath(path) == os.path.abspath(llm_path):
-        return None
-    teacher, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
-    same_size = teacher.config.vocab_size == tagi.llm.config.vocab_size
-    if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or not same_size:
-        raise UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one "
-                        "that shares it")
-    return teacher.requires_grad_(False).eval()
 
 
 def run_teacher(tagi, teacher_llm, teachers, options, batch):
@@ -397,8 +385,8 @@ def train(options, run):
     if run.rank == 0 and tasks is not None:
         data.write_training_tasks(run.folder, tasks)
 
-    def save(step, finished):
-        common.save_checkpoint(run.folder, run.record(), parameters, optimizer, step, finished)
+    def save(folder, step, finished):
+        common.save_checkpoint(folder, run.record(), parameters, optimizer, step, finished)
 
     for step in range(start, options.steps):
         lr = optim.learning_rate(options, step)
@@ -421,22 +409,23 @@ def train(options, run):
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0) + term.detach()
 
-        # One step with the gradients of all ranks.
+        # One step with the gradients of all ranks, unless they are no numbers.
         optim.sum_gradients(parameters.values())
-        if options.clip:
-            nn.utils.clip_grad_norm_(parameters.values(), options.clip)
-        optimizer.step()
+        norm = optim.clip_gradients(parameters.values(), options.clip)
+        if run.is_finite(step, totals["loss"], norm, lambda: [batch["drawn"] for batch in batches]):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # Log, save when due, leave after a Ctrl-C.
-        run.after_step(step + 1, lr, totals, stopping, save)
-    run.end()
+        run.after_step(step + 1, lr, totals, stopping, save, norm=norm, tokens=n_tokens)
+    run.end("train_hyper.py --stage finetune" if options.stage == "pretrain" else
+            f"evaluate.py --checkpoint {run.folder}")
 
 
 @common.command
 def main(argv=None):
     options = get_options(argv)
-    rank, world = common.init_processes(options.device)
+    rank, world = common.init_processes(options.device, options.timeout)
     sample.ensure_suite(options.data, rank)
     common.wait_for_all_ranks()                 # rank 0 may be writing it
     is_text = options.stage == "pretrain"

@@ -14,13 +14,9 @@ Launch (without --stage: the stages that the config has a section for, in this o
     python train_teacher.py --stage meta --lr 1e-3
     torchrun --nproc-per-node 8 train_teacher.py --config configs/my.yaml
 """
-import dataclasses
-import glob
 import os
-import shutil
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import common
@@ -28,9 +24,11 @@ import config
 import data
 import lora
 import t5
-from bench import optim, sample
-from bench.runs import Log, Run, leave
-from bench.teachers import load_start, save_teacher, teacher_folder
+from bench import curriculum, optim, sample
+from bench.folders import save_step, sweep
+from bench.runs import Log, Run
+from bench.teachers import (find_progress, load_rows, load_start, remove_groups, row_norms,
+                            save_teacher, state_of, step_all_but, teacher_folder)
 from common import UserError
 
 # Letters of the shapes in comments:
@@ -99,11 +97,12 @@ def instructed_batch(draws, tokenizer, options):
 
 # ----------------------------------------------------------- base, meta, lora-all: all ranks train
 
-def train_together(run, llm, parameters, get_batch, save, path=None, tasks=None, restart=0.0):
-    """Train parameters, {name: tensor}, on get_batch(step, micro) -> (ids, mask, labels).
+def train_together(run, llm, parameters, deal, make_batch, save, path=None, tasks=None,
+                   restart=0.0):
+    """Train parameters, {name: tensor}, on make_batch(deal(step, micro)) -> (ids, mask, labels).
 
-    save(optimizer, step, finished) writes a checkpoint; path: where the LLM came from; tasks: those
-    that the batches are of; restart: as in `optim.learning_rate`.
+    save(optimizer, folder, step, finished) writes a checkpoint; path: where the LLM came from;
+    tasks: those that are dealt; restart: as in `optim.learning_rate`.
     """
     options = run.options
     # Where it starts: at 0, or where a run that was stopped left off.
@@ -121,7 +120,7 @@ def train_together(run, llm, parameters, get_batch, save, path=None, tasks=None,
 
         # This rank's micro-batches, numbered among all ranks'.
         micros = [run.rank + run.world * i for i in range(options.accumulate)]
-        batches = [get_batch(step, micro) for micro in micros]
+        batches = [make_batch(deal(step, micro), step, micro) for micro in micros]
 
         # The loss is the mean over the label tokens of all micro-batches and ranks.
         n_tokens = sum((labels != data.IGNORE).sum().item() for _, _, labels in batches)
@@ -137,30 +136,30 @@ def train_together(run, llm, parameters, get_batch, save, path=None, tasks=None,
             loss.backward()
             total += loss.detach()
 
-        # One step with the gradients of all ranks.
+        # One step with the gradients of all ranks, unless they are no numbers.
         optim.sum_gradients(parameters.values())
-        if options.clip:
-            nn.utils.clip_grad_norm_(parameters.values(), options.clip)
-        optimizer.step()
+        norm = optim.clip_gradients(parameters.values(), options.clip)
+        if run.is_finite(step, total, norm, lambda: [deal(step, micro) for micro in micros]):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # Log, save when due, leave after a Ctrl-C.
-        run.after_step(step + 1, lr, {"loss": total}, stopping,
-                       lambda step, finished: save(optimizer, step, finished))
-    run.end()
+        run.after_step(step + 1, lr, {"loss": total}, stopping, lambda *at: save(optimizer, *at),
+                       norm=norm, tokens=n_tokens)
+    run.end(NEXT[options.stage])
 
 
-def train_llm(run, llm, tokenizer, get_batch, **kwargs):
+def train_llm(run, llm, tokenizer, deal, make_batch, **kwargs):
     """Train all weights of the LLM."""
     # train(): dropout as the checkpoint's config has it.
     llm.to(run.options.device).train()
     if run.options.checkpointing:
         t5.checkpoint_blocks(llm)
 
-    def save(optimizer, step, finished):
-        t5.save_llm(run.folder, run.record(), llm, tokenizer, optimizer, step, finished)
+    def save(optimizer, folder, step, finished):
+        t5.save_llm(folder, run.record(), llm, tokenizer, optimizer, step, finished)
 
-    train_together(run, llm, dict(llm.named_parameters()), get_batch, save, **kwargs)
+    train_together(run, llm, dict(llm.named_parameters()), deal, make_batch, save, **kwargs)
 
 
 def train_meta(options, run):
@@ -172,13 +171,14 @@ def train_meta(options, run):
     tasks = data.training_tasks(options)
     draws, restart = mixed_draws(tasks, options), 0.0
     if options.curriculum:                      # for a T5 made from nothing, see below
-        draws, restart = curriculum_draws(tasks, options), DEMOS_AFTER
+        draws = curriculum.curriculum_draws(tasks, options)
+        restart = curriculum.DEMOS_AFTER
     deal = data.by_length(draws, options.bucket_steps, options.seed, run.world * options.accumulate)
 
-    def get_batch(step, micro):
-        return instructed_batch(deal(step, micro), tokenizer, options)
+    def make_batch(draws, step, micro):
+        return instructed_batch(draws, tokenizer, options)
 
-    train_llm(run, llm, tokenizer, get_batch, tasks=tasks, restart=restart)
+    train_llm(run, llm, tokenizer, deal, make_batch, tasks=tasks, restart=restart)
 
 
 def train_lora_all(options, run):
@@ -194,15 +194,15 @@ def train_lora_all(options, run):
     draws = mixed_draws(tasks, options, data.chances(tasks, options.balance))
     deal = data.by_length(draws, options.bucket_steps, options.seed, run.world * options.accumulate)
 
-    def get_batch(step, micro):
-        return instructed_batch(deal(step, micro), tokenizer, options)
+    def make_batch(draws, step, micro):
+        return instructed_batch(draws, tokenizer, options)
 
-    def save(optimizer, step, finished):
+    def save(optimizer, folder, step, finished):
         if finished:                            # before the stage calls itself finished
             save_teacher(run.folder, run.record(), "all", weights)
-        common.save_checkpoint(run.folder, run.record(), parameters, optimizer, step, finished)
+        common.save_checkpoint(folder, run.record(), parameters, optimizer, step, finished)
 
-    train_together(run, llm, parameters, get_batch, save, path)
+    train_together(run, llm, parameters, deal, make_batch, save, path)
 
 
 # ------------------------------------------------------ lora: every rank trains teachers of its own
@@ -238,45 +238,61 @@ def train_lora(options, run):
     tagi = load_start(options, run, path, tasks_of) if options.init_from else None
     # From here on --fresh has removed what was there. A rerun sees what these teachers are.
     run.begin(path, log=False)
-    if run.rank == 0:
+    if run.rank == 0 and run.before is None:
         common.save_checkpoint(run.folder, run.record(), {})
+    under_way = find_progress(run.folder, teachers)     # teacher -> (its step, checkpoint, row)
+    common.wait_for_all_ranks()                         # nobody still looks for what is replaced
 
-    # This rank's groups, of each the teachers that are not done.
+    # This rank's work: of each of its groups those teachers together that are at the same step.
+    work = []                                           # (step, teachers)
     for group in groups[run.rank::run.world]:
-        left = []
+        at = {}                                         # step -> teachers
         for teacher in group:
-            if not common.is_finished(teacher_folder(run.folder, teacher)):
-                left.append(teacher)
-        if left:
-            train_group(run, llm, tokenizer, left, tasks_of, tagi)
+            step, folder, _ = under_way.get(teacher, (0, None, 0))
+            if step < options.steps or folder != teacher_folder(run.folder, teacher):
+                at.setdefault(step, []).append(teacher)
+        work += at.items()
+    run.log = Log(run.folder, options, 0, run.rank, summed=False)
+    run.log.bar.reset(total=sum(options.steps - step for step, _ in work))
+    lost = []
+    for n, (start, group) in enumerate(work, 1):
+        run.log.bar.set_description(f"lora {n} of {len(work)}: {group[0]}{', ..' * (len(group) > 1)}")
+        lost += train_group(run, llm, tokenizer, start, group, tasks_of, under_way, tagi)
 
-    common.wait_for_all_ranks()
+    # Ranks may have come to their end hours apart.
+    run.watch.wait_for_all()
+    if run.stop.asked:
+        run.leave(options.steps)
+    lost = sorted(set().union(*common.gather_over_ranks(lost)))
+    if lost:
+        raise UserError(f"loss or gradient of {', '.join(lost[:4])}{', ..' * (len(lost) > 4)} were not "
+                        f"finite ({len(lost)} of {len(teachers)} teachers); the others are finished; "
+                        "go on with --on-nan skip, or start over with --fresh and a lower --lr")
     if run.rank == 0:
-        for folder in glob.glob(f"{glob.escape(run.folder)}/unfinished-*"):     # of other groups
-            shutil.rmtree(folder)
         common.save_checkpoint(run.folder, run.record(), {}, step=options.steps, finished=True)
-    run.stop.leave_if_asked(options.device)
+        remove_groups(run.folder)
+    run.end(NEXT["lora"])
 
 
-def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
-    """Train U independent teachers in batches that mix them, from what a given TAGI generates."""
+def train_group(run, llm, tokenizer, start, group, tasks_of, under_way, tagi=None):
+    """Train U independent teachers from step `start`, in batches that mix them; those that are lost.
+
+    under_way: where their weights are, as `find_progress` tells; else a given TAGI generates them.
+    """
     # Every teacher gets the gradient and the step that it would get alone: losses are added up,
     # each the mean over its own label tokens, and AdamW works element by element.
     options, U = run.options, len(group)
     weights = lora.init_weights(llm, options.rank, options.seed, U)     # site -> (U, r, D_in), ..
-    if tagi is not None:
+    parameters = lora.flatten(weights)
+    if tagi is not None and start == 0:
         generated = tagi.adapt([tasks_of[teacher][0].definitions[0] for teacher in group]).weights
-        for name, p in lora.flatten(weights).items():
-            p.copy_(lora.flatten(generated)[name])
-    parameters = {}
-    for site, pair in weights.items():
-        for i, p in enumerate(pair):
-            parameters[f"{site}.{i}"] = p.requires_grad_()
+        for name, p in lora.flatten(generated).items():
+            parameters[name].copy_(p)
+    for p in parameters.values():
+        p.requires_grad_()
     optimizer = optim.make_optimizer(parameters, options)
-    # What is saved on the way is of just these teachers, and of all of them.
-    unfinished = os.path.join(run.folder, f"unfinished-{common.digest(repr(group))}")
-    start = common.resume(unfinished, options.fresh, parameters, optimizer)
-    log = Log(run.folder, options, start, run.rank, summed=False)
+    if start:
+        load_rows([under_way[teacher] for teacher in group], parameters, optimizer)
     autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
     # A teacher draws the same alone and in any group: micro-batches are numbered among all's.
@@ -297,6 +313,15 @@ def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
             drawn += deal(step, micro)
         return instructed_batch(drawn, tokenizer, options)
 
+    # What is saved on the way is of just these teachers, which no one takes for finished ones.
+    unfinished = os.path.join(run.folder, f"group-{common.digest(repr(group))}")
+    lost, skipped = torch.zeros(U, dtype=torch.bool), 0
+
+    def save(folder, step, finished):
+        names = [teacher for u, teacher in enumerate(group) if lost[u]]
+        common.save_checkpoint(folder, run.record() | {"teachers": group, "lost": names},
+                               parameters, optimizer, step)
+
     lora.set_weights(llm, weights)
     for step in range(start, options.steps):
         lr = optim.learning_rate(options, step)
@@ -308,39 +333,50 @@ def train_group(run, llm, tokenizer, group, tasks_of, tagi=None):
         n_tokens = 0                            # (U,)
         for _, _, labels in batches:
             n_tokens = n_tokens + (labels != data.IGNORE).view(U, -1).sum(1)        # (U,)
-        total = 0.0
+        total = 0.0                             # (U,)
         for ids, mask, labels in batches:
             with autocast:
                 logits = t5.logits(llm, ids, mask, labels)                          # (N, C, V)
             losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(),
                                      reduction="none")                              # (N·C,)
-            loss = (losses.view(U, -1).sum(1) / n_tokens).sum()
-            loss.backward()
-            total += loss.detach()
+            losses = losses.view(U, -1).sum(1) / n_tokens                           # (U,)
+            losses.sum().backward()
+            total = total + losses.detach()
 
-        # One step; no clipping, whose norm would be of all teachers together.
-        optimizer.step()
+        # One step; no clipping, whose norm would be of all teachers together. Where a teacher's
+        # numbers are not finite, it alone stays behind, for this step or for good.
+        norms = row_norms(parameters)                                               # (U,)
+        bad = ~(total.isfinite() & norms.isfinite()).cpu()
+        skipped += int((bad & ~lost).sum())
+        if options.on_nan == "stop":
+            lost |= bad
+        step_all_but(bad | lost, parameters, optimizer)
         optimizer.zero_grad(set_to_none=True)
 
-        # What is saved on the way is unfinished, so that no one takes it for teachers.
-        log(step + 1, lr, {"loss": total / U})
+        # Log, save when due, leave after a Ctrl-C.
+        fine = ~(bad | lost)
+        more = {"group": f"{group[0]} and {U - 1} more" if U > 1 else group[0],
+                "grad_norm": norms[fine].mean()} | ({"skipped": skipped} if skipped else {})
+        run.log(step + 1, lr, {"loss": total[fine].mean()}, n_tokens.sum().item(), more)
         last = step + 1 == options.steps
-        if not last and (run.stop.asked or (step + 1) % options.save_every == 0):
-            common.save_checkpoint(unfinished, run.record(), parameters, optimizer, step + 1)
-            if run.stop.asked:
-                leave(run.folder, step + 1, log)
+        if last or run.stop.asked or (step + 1) % options.save_every == 0:
+            save_step(unfinished, step + 1, last, save)
+            sweep(unfinished, keep=1)
+        if run.stop.asked and not last:
+            run.leave(step + 1)
 
     # Each teacher becomes a checkpoint of its own.
     lora.set_weights(llm, None)
     for u, teacher in enumerate(group):
-        save_teacher(run.folder, run.record(), teacher, lora.select(weights, u))
-    shutil.rmtree(unfinished, ignore_errors=True)
+        if not lost[u]:
+            save_teacher(run.folder, run.record(), teacher, lora.select(weights, u),
+                         state_of(optimizer.state_dict(), u))
     if run.stop.asked:                          # in the last step: these teachers are done
-        leave(run.folder, options.steps, log)
-    log.close()
+        run.leave(options.steps)
+    return [teacher for u, teacher in enumerate(group) if lost[u]]
 
 
-# ------------------------------------------- a T5 made from nothing: base, and meta's --curriculum
+# ------------------------------------------------------------------ base: a T5 made from nothing
 
 def train_base(options, run):
     """A small T5 from nothing: continue a document cut at random (prefix language modelling)."""
@@ -360,53 +396,21 @@ def train_base(options, run):
 
     deal = data.by_length(draws, options.bucket_steps, options.seed, run.world * options.accumulate)
 
-    def get_batch(step, micro):
+    def make_batch(drawn, step, micro):
         rng = data.rng_of(options.seed, step, micro, 3)
-        rows = data.cut_documents(deal(step, micro), tokenizer, 2, options.text_length, rng)
+        rows = data.cut_documents(drawn, tokenizer, 2, options.text_length, rng)
         ids, mask = data.pad([first + [eos] for first, _ in rows], pad, options.device)
         labels, _ = data.pad([rest + [eos] for _, rest in rows], data.IGNORE, options.device)
         return ids, mask, labels
 
-    train_llm(run, t5.tiny_t5(len(tokenizer), options.seed), tokenizer, get_batch)
-
-
-# The curriculum of a model that knows nothing; a checkpoint learns all tasks at once. Shares of
-# the steps:
-EASY_FIRST = 0.13       # at the start only tasks with answers of one or two words, in one wording
-DEMOS_AFTER = 0.71      # no demonstrations before that; there the learning rate starts anew
-UNINSTRUCTED = 0.05     # share of the draws whose input is the instance alone
-
-
-def curriculum_draws(tasks, options):
-    """`mixed_draws` with easy tasks first and demonstrations last."""
-    if all(x.prompt == x.input for task in tasks for x in task.instances):
-        raise UserError("--curriculum: here every input is the whole prompt, instruction included, "
-                        "and some are to be without; choose --p3-input fields and rows with them")
-    # A short answer is learned first.
-    easy = []
-    for task in tasks:
-        lengths = [len(output.split()) for x in task.instances for output in x.outputs]
-        if max(lengths) <= 2:
-            easy.append(dataclasses.replace(task, definitions=task.definitions[:1]))
-
-    def draws(step, micro):
-        rng, demos = data.rng_of(options.seed, step, micro), 0
-        if step >= DEMOS_AFTER * options.steps:
-            demos = data.n_demonstrations(options.demos, options.seed, step)
-        is_easy = step < EASY_FIRST * options.steps
-        drawn = data.draw_tasks(easy if is_easy and easy else tasks, rng, options.tasks,
-                                options.instances, demos, options.vary_demos)
-        for n, draw in enumerate(drawn):
-            if not is_easy and rng.random() < UNINSTRUCTED:
-                inputs = [its_input for its_input, _ in draw.pairs]     # P3: fields, not the prompt
-                drawn[n] = dataclasses.replace(draw, definition="", demonstrations=[],
-                                               prompts=inputs)
-        return drawn
-    return draws
+    train_llm(run, t5.tiny_t5(len(tokenizer), options.seed), tokenizer, deal, make_batch)
 
 
 # ------------------------------------------------------------------------------------------ main
 
+# Stage -> the command that comes after it.
+NEXT = {"base": "train_teacher.py --stage meta", "meta": "train_teacher.py --stage lora",
+        "lora": "train_hyper.py --stage pretrain", "lora-all": "train_hyper.py --stage pretrain"}
 STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora, "lora-all": train_lora_all}
 
 
@@ -419,7 +423,7 @@ def main(argv=None):
             options.unit = "all"
         if options.init_from and stage != "lora":
             raise UserError(f"--init-from is for LoRA teachers; --stage {stage} has no use for it")
-        rank, world = common.init_processes(options.device)
+        rank, world = common.init_processes(options.device, options.timeout)
         sample.ensure_suite(options.data, rank)
         common.wait_for_all_ranks()             # rank 0 may be writing, or saving the stage before
         # What it reads: base plain text, the others the training tasks.

@@ -4,6 +4,8 @@ import math
 import torch
 import torch.distributed as dist
 
+import common
+
 
 def learning_rate(options, step: int, restart: float = 0.0) -> float:
     """The rate of a step, counted from 0: warm-up, then --schedule down to the end.
@@ -135,6 +137,17 @@ def make_optimizer(parameters: dict, options) -> Optimizers:
     return Optimizers(adamw, Muon(matrices, **shared)) if matrices else Optimizers(adamw)
 
 
+def clip_gradients(parameters, largest: float) -> float:
+    """The norm of all gradients together; where it is above `largest`, they are scaled down to it.
+
+    largest 0: they stay as they are.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    if largest:
+        return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
+    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+
+
 def sum_gradients(parameters, size: int = 2 ** 26) -> None:
     """Add up the ranks' gradients; every loss was already divided by the count over all ranks.
 
@@ -152,6 +165,7 @@ def sum_gradients(parameters, size: int = 2 ** 26) -> None:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         flat = torch.cat([p.grad.flatten() for p in group])
-        dist.all_reduce(flat)
+        with common.meeting():
+            dist.all_reduce(flat)
         for p, gradient in zip(group, flat.split([p.numel() for p in group])):
             p.grad.copy_(gradient.view_as(p))

@@ -1,31 +1,54 @@
 """The life of one stage in its folder: where it goes on, its checkpoints, its log, how it ends."""
+import fcntl
 import json
+import math
 import os
-import shutil
+import platform
+import resource
+import shlex
 import sys
 import time
 
+import torch
+
 import common
+import t5
+from bench.folders import is_ours, publish, remove_ours, save_step, sweep
+from bench.watch import Watch
 from common import UserError
 
 # What may differ between the runs that make up a stage: it does not change the result.
-IGNORED = ("config", "fresh", "device", "save_every", "stage", "runs", "teachers_at_once")
+IGNORED = ("config", "fresh", "device", "save_every", "stage", "runs", "teachers_at_once", "keep",
+           "timeout", "on_nan")
 
 
 class Run:
     """One stage in its folder: whether it is done, where it goes on, its log, its checkpoints.
 
-    A script calls Run(...), resume, begin, after each step after_step, and at last end. digests: of
-    what the stage reads. Raises UserError where a run with other options or data is there.
+    A script calls Run(...), resume, begin, in each step is_finite and after_step, and at last end.
+    digests: of what the stage reads. Raises UserError where a run with other options or data is
+    there, and where another process is at work in the folder.
+
+    While it is trained the folder holds complete checkpoints, step-000500/, of which `latest` names
+    the newest. At the end the last one's files stand in the folder itself.
     """
 
     def __init__(self, folder: str, options, rank: int, world: int, digests: dict,
                  ranks_share_a_batch: bool = True):
         self.folder, self.options, self.rank, self.world = folder, options, rank, world
         self.found = {"processes": world} | digests     # beside options; both go to config.yaml
-        self.start, self.before = 0, None               # before: config.yaml of a run to go on with
-        if not options.fresh and os.path.isfile(f"{folder}/config.yaml"):
-            self.before = vars(common.load_options(folder))
+        self.start, self.skipped, self.begun = 0, 0, time.time()
+        self.lock = None
+        if not is_ours(folder):
+            raise UserError(f"{folder} holds files that are not of this program's runs, and none of "
+                            "them is to be replaced; choose another --name or --runs")
+        self.take_lock()
+        # before: config.yaml of a run to go on with
+        self.before = self.source = None
+        if not options.fresh:
+            self.source = common.checkpoint_of(folder)
+        if self.source is not None:
+            self.before = vars(common.load_options(self.source))
         self.finished = self._is_done()
         if self.finished:
             return
@@ -39,20 +62,43 @@ class Run:
                   f"micro-batches, seed {options.seed} "
                   f"({', '.join(f'{name} {version}' for name, version in common.versions().items())})")
 
+    def take_lock(self) -> None:
+        """Of the folder, where it is there: one run at a time. It goes with the process."""
+        if self.rank > 0 or self.lock is not None or not os.path.isdir(self.folder):
+            return
+        with common.named_file(f"{self.folder}/.lock", "choose another folder", "written"):
+            self.lock = os.open(f"{self.folder}/.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is at work in {self.folder}; wait for it to end, or choose "
+                            "another folder with --name") from None
+
     def _is_done(self) -> bool:
-        before = self.before
+        before, options = self.before, self.options
         if before is None:
             return False
-        for key, value in vars(self.options).items():
-            if key not in IGNORED and before.get(key, value) != value:
-                raise UserError(f"{self.folder} holds a run with --{key.replace('_', '-')} "
-                                f"{before[key]}, not {value}; start over with --fresh, or keep it "
-                                "and choose another folder with --runs")
-        common.check_digests(vars(self.options) | self.found, self.folder, before)
-        if before["finished"] and self.rank == 0:
+        for key, value in vars(options).items():
+            old = before.get(key, value)
+            if key in IGNORED or is_same(old, value):
+                continue
+            if key == "steps" and before["finished"] and value > old:
+                continue                                # a finished stage is trained further
+            raise UserError(f"{self.folder} holds a run with --{key.replace('_', '-')} "
+                            f"{old}, not {value}; start over with --fresh, or keep it "
+                            "and choose another folder with --runs")
+        common.check_digests(vars(options) | self.found, self.folder, before)
+        if not before["finished"] or before["step"] < options.steps:
+            return False
+        # Killed between the last checkpoint and its move into the folder.
+        if self.rank == 0:
+            publish(self.folder)
+            sweep(self.folder, options.keep)
+        common.wait_for_all_ranks()
+        if self.rank == 0:
             print(f"{self.folder}: finished at step {before['step']}, nothing to do "
-                  "(--fresh starts over)")
-        return bool(before["finished"])
+                  "(--fresh starts over, more --steps go on)")
+        return True
 
     def _check_processes(self) -> None:
         """Another number of processes would be another batch."""
@@ -66,84 +112,231 @@ class Run:
                             f"{old}), or start over with --fresh{same}")
 
     def record(self) -> dict:
-        return vars(self.options) | self.found
+        """What config.yaml tells of this run."""
+        seconds = (self.before or {}).get("seconds", 0) + time.time() - self.begun
+        return vars(self.options) | self.found | {"seconds": round(seconds, 1)}
 
     def resume(self, parameters: dict, optimizer) -> int:
         """The step to go on from; parameters and optimizer are filled from the checkpoint there."""
-        self.start = common.resume(self.folder, self.options.fresh, parameters, optimizer)
+        self.start = common.resume(self.source, parameters, optimizer)
         return self.start
 
     def begin(self, llm_path: str | None = None, log: bool = True) -> None:
         """Just before the first step, when all is read: only here --fresh removes the old run.
 
-        Raises UserError where the run to go on with is of another LLM.
+        Raises UserError where the run to go on with is of another LLM, and where ranks differ in
+        options, data or LLM.
         """
         if self.before is not None:
             common.check_digests(self.record(), self.folder, self.before)
             if "llm_fingerprint" in self.found:
-                before = common.load_options(self.folder, "llm_fingerprint").llm_fingerprint
-                common.check_fingerprint(self.found["llm_fingerprint"], before, self.folder, llm_path)
-        if self.rank == 0 and self.options.fresh:
-            shutil.rmtree(self.folder, ignore_errors=True)
+                before = common.load_options(self.source, "llm_fingerprint").llm_fingerprint
+                common.check_fingerprint(self.found["llm_fingerprint"], before, self.folder,
+                                         llm_path)
+        self._compare_ranks()
         if self.rank == 0:
             common.make_folder(self.folder)
+            self.take_lock()
+            if not self.options.fresh and common.checkpoint_of(self.folder) != self.source:
+                raise UserError(f"another run was at work in {self.folder} meanwhile; run the same "
+                                "command again")
+            if self.options.fresh:
+                remove_ours(self.folder)
+            sweep(self.folder, self.options.keep)
+            self._describe()
         common.wait_for_all_ranks()
-        self.stop = common.StopSignal()
+        common.stop.listen()
+        common.stop.at_once = False
+        self.stop = common.stop
+        self.stop.leave_if_asked(self.options.device)
+        self.watch = Watch(self.folder, self.rank, self.world, self.options.timeout)
         if log:
             self.log = Log(self.folder, self.options, self.start, self.rank)
 
-    def after_step(self, step: int, lr: float, terms: dict, stopping: bool, save) -> None:
-        """Log this step, counted from 1; save, with save(step, finished), when that is due; leave
-        where a rank was asked to stop."""
-        self.log(step, lr, terms)
+    def _compare_ranks(self) -> None:
+        """Raises UserError where the ranks read different things."""
+        ours = vars(self.options) | self.found
+        for rank, theirs in enumerate(common.gather_over_ranks(ours)):
+            for key in sorted(ours.keys() | theirs.keys()):
+                if ours.get(key) != theirs.get(key):
+                    raise UserError(f"rank {rank} has {key} {theirs.get(key)}, rank {self.rank} has "
+                                    f"{ours.get(key)}; give all the same options, data and LLM")
+
+    def _describe(self) -> None:
+        """run.yaml: how each run in this folder was started, on what; it marks the folder as ours."""
+        path, runs = f"{self.folder}/run.yaml", []
+        if os.path.isfile(path):
+            runs = common.read_yaml(path, "remove it").get("runs", [])
+        gpu = torch.cuda.get_device_name() if self.options.device == "cuda" else "none"
+        runs.append({"command": command_line(), "from_step": self.start, "processes": self.world,
+                     "started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(),
+                     "gpu": gpu, "cpu": processor(), "cores": os.cpu_count(),
+                     "versions": common.versions()})
+        common.write_yaml(path, {"go_on_with": command_line(), "runs": runs})
+
+    def is_finite(self, step: int, loss: torch.Tensor, norm: float, dealt) -> bool:
+        """Whether this step, counted from 0, may be taken: loss and gradient norm are finite.
+
+        With --on-nan skip a step that may not is counted and left out; else UserError is raised,
+        which names the tasks. loss: this rank's share; dealt(): what its micro-batches were made of.
+        """
+        loss, = common.sum_over_ranks([loss], self.options.device)
+        if math.isfinite(loss) and math.isfinite(norm):
+            return True
+        self.skipped += 1
+        if self.options.on_nan == "skip":
+            return False
+        names = {name_of(item) for items in dealt() for item in items}
+        tasks = sorted(set().union(*common.gather_over_ranks(names)))
+        kept = common.checkpoint_of(self.folder)
+        kept = f"{kept} is unharmed" if kept else "there is no checkpoint yet"
+        raise UserError(f"step {step + 1}: loss {loss:.3g}, gradient norm {norm:.3g}, with "
+                        f"{', '.join(tasks[:4])}{' ..' if len(tasks) > 4 else ''}; {kept}; lower "
+                        "--lr with --fresh, or go on with --on-nan skip")
+
+    def after_step(self, step: int, lr: float, terms: dict, stopping: bool, save, norm: float,
+                   tokens: float):
+        """Log this step, counted from 1; save, with save(folder, step, finished), when that is due;
+        leave where a rank was asked to stop. norm: of the gradient; tokens: labels of all ranks."""
+        more = {"grad_norm": norm} | ({"skipped": self.skipped} if self.skipped else {})
+        self.log(step, lr, terms, tokens, more)
         finished = step == self.options.steps
-        due = finished or stopping or step % self.options.save_every == 0
-        if due and self.rank == 0:
-            save(step, finished)
+        stopping = stopping or (self.world == 1 and self.stop.asked)
+        if finished or stopping or step % self.options.save_every == 0:
+            if self.rank == 0:
+                print(f"\nsaving step {step}" if stopping else "", end="", flush=True)
+                save_step(self.folder, step, finished, save)
+                if finished:
+                    publish(self.folder)
+                sweep(self.folder, self.options.keep)
         if stopping and not finished:
-            leave(self.folder, step, self.log)
+            self.leave(step)
 
-    def end(self) -> None:
+    def leave(self, step: int) -> None:
+        """End after a stop, with what was saved and how to go on."""
         self.log.close()
+        if self.rank == 0:
+            print(f"\nstopped after step {step}; {self.folder} is saved: run the same command again "
+                  f"to go on (run.yaml there has it)", flush=True)
+        sys.exit(130)
+
+    def end(self, then: str) -> None:
+        """Say where it is saved and what comes then: a script and its options."""
+        self.log.close()
+        self.watch.end()
+        if self.rank == 0:
+            print(f"{self.folder}: finished after {self.record()['seconds']:.0f} s and saved; next: "
+                  f"python {then}{t5.config_flag(self.options)}")
         self.stop.leave_if_asked(self.options.device)
+        self.stop.at_once = self.world == 1
 
 
-def leave(folder: str, step: int, log) -> None:
-    """End after a Ctrl-C, with what was saved and how to go on."""
-    log.close()
-    print(f"\nstopped after step {step}; {folder} is saved: run the same command again to go on")
-    sys.exit(130)
+def is_same(old, new) -> bool:
+    """Whether two options are the same; paths may be spelt in several ways."""
+    if old == new:
+        return True
+    are_paths = isinstance(old, str) and isinstance(new, str) and os.path.exists(new)
+    return are_paths and os.path.realpath(old) == os.path.realpath(new)
+
+
+def name_of(item) -> str:
+    """Of what a batch is made of: a document's beginning, or a task's name."""
+    return repr(item[:20]) if isinstance(item, str) else item.task.name
+
+
+def command_line() -> str:
+    """The command that this process was started by."""
+    words = ["python", *sys.argv]
+    world = common.launched_processes()
+    if world > 1:
+        local = os.environ.get("LOCAL_WORLD_SIZE", world)
+        words[:1] = ["torchrun", "--nproc-per-node", str(local)]
+    return shlex.join(words)
+
+
+def processor() -> str:
+    """Its name, where Linux tells it."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(device: str) -> float:
+    """GiB that this process has used at most: of the GPU, or of the machine's memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 class Log:
-    """A progress bar and log.jsonl of one stage, a line for 20 steps or fewer, on rank 0 only.
+    """A progress bar, on rank 0, and log.jsonl, a line for 20 steps or fewer.
 
-    summed: the terms are shares of the ranks, which are added up; every rank has to call it then.
+    summed: the terms are shares of the ranks, which are added up; every rank has to call it then,
+    and rank 0 alone writes. Else each rank writes a file of its own.
     """
 
     def __init__(self, folder: str, options, start: int, rank: int, summed: bool = True):
         from tqdm import tqdm
-        self.rank, self.steps, self.begun = rank, options.steps, time.time()
+        self.steps, self.begun, self.tokens, self.since = options.steps, time.time(), 0, time.time()
         self.every = max(1, min(20, options.steps // 100))
         self.summed, self.device = summed, options.device
         self.bar = tqdm(total=options.steps, initial=start, desc=os.path.basename(folder),
                         disable=rank > 0, mininterval=2, dynamic_ncols=True, file=sys.stdout)
-        if rank == 0:
-            self.file = open(f"{folder}/log.jsonl", "a", buffering=1)
+        self.file = None
+        if rank == 0 or not summed:
+            path = f"{folder}/log-{rank}.jsonl" if rank else f"{folder}/log.jsonl"
+            forget_steps_after(start if summed else math.inf, path)
+            self.file = open(path, "a", buffering=1)
 
-    def __call__(self, step: int, lr: float, terms: dict) -> None:
-        """terms: {name: detached tensor}, read (and so synchronised) only at the steps logged."""
+    def __call__(self, step: int, lr: float, terms: dict, tokens: float, more: dict | None = None):
+        """terms: {name: detached tensor}, read (and so synchronised) only at the steps logged;
+        tokens: labels of this step; more: what all ranks know, numbers or texts."""
         self.bar.update(1)
+        self.tokens += tokens
         if step % self.every and step != self.steps:
             return
         values = [float(v) for v in terms.values()]
         if self.summed:
             values = common.sum_over_ranks(values, self.device)
-        if self.rank == 0:
-            values = {name: float(f"{v:.5g}") for name, v in zip(terms, values)}
-            self.bar.set_postfix(values)
-            line = {"step": step, "lr": lr, **values, "seconds": round(time.time() - self.begun, 2)}
-            self.file.write(json.dumps(line) + "\n")
+        if self.file is None:
+            return
+        values = {name: rounded(v) for name, v in zip(terms, values)}
+        self.bar.set_postfix(values)
+        now = time.time()
+        speed = self.tokens / max(now - self.since, 1e-9)
+        self.tokens, self.since = 0, now
+        values |= {name: rounded(v) for name, v in (more or {}).items()}
+        values |= {"tokens_per_second": rounded(speed), "peak_gib": rounded(peak_memory(self.device)),
+                   "seconds": round(now - self.begun, 2)}
+        self.file.write(json.dumps({"step": step, "lr": lr} | values) + "\n")
 
     def close(self):
         self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def rounded(value):
+    return value if isinstance(value, str) else float(f"{float(value):.5g}")
+
+
+def forget_steps_after(step: int, path: str) -> None:
+    """Of a log.jsonl, drop the lines of steps that a killed run made and that are made again."""
+    if not os.path.isfile(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):           # the last one, cut off
+                pass
+    common.write_text(f"{path}.tmp", "".join(kept))
+    os.replace(f"{path}.tmp", path)

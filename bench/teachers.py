@@ -1,13 +1,17 @@
 """LoRA teachers: their files, a folder for each below a run's, and their factors made alike."""
+import glob
 import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import common
 import config
 import lora
+import t5
+from bench.folders import remove_ours
 from common import UserError
 from hypernet import TAGI
 
@@ -17,13 +21,17 @@ def teacher_folder(folder: str, teacher: str) -> str:
     return os.path.join(folder, "".join(c if c.isalnum() else "_" for c in teacher.lower()))
 
 
-def save_teacher(folder: str, record: dict, teacher: str, weights: lora.Weights) -> None:
+def save_teacher(folder: str, record: dict, teacher: str, weights: lora.Weights,
+                 optimizer: dict | None = None) -> None:
     """Write a finished teacher's weights, (r, D_in) and (D_out, r) per site, as a checkpoint.
 
-    record: options and what the run found out, llm_fingerprint among it.
+    record: options and what the run found out, llm_fingerprint among it; optimizer: its state.
     """
-    common.save_checkpoint(teacher_folder(folder, teacher), record | {"unit_name": teacher},
-                           lora.flatten(weights), step=record["steps"], finished=True)
+    path = teacher_folder(folder, teacher)
+    remove_ours(path)                           # of fewer --steps
+    with common.new_folder(path, "make room, then run the same command again") as unfinished:
+        common.save_checkpoint(unfinished, record | {"unit_name": teacher}, lora.flatten(weights),
+                               optimizer, record["steps"], finished=True)
 
 
 def check_teachers(folder: str, teachers: list[str], expected: dict, command: str) -> None:
@@ -69,6 +77,125 @@ def load_start(options, run, path, tasks_of):
         raise UserError(f"{folder} has --generator none, so it generates no LoRA; name another")
     return tagi
 
+
+def load_kl_teacher(options, run, llm_path, tagi):
+    """Another checkpoint as KL teacher; None where it is the frozen LLM, which needs no copy."""
+    is_meta = options.kl_teacher == "meta"
+    path = t5.meta_path(options, run.found) if is_meta else options.kl_teacher
+    if os.path.abspath(path) == os.path.abspath(llm_path):
+        return None
+    teacher, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
+    same_size = teacher.config.vocab_size == tagi.llm.config.vocab_size
+    if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or not same_size:
+        raise UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one "
+                        "that shares it")
+    return teacher.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------ teachers that are trained side by side
+
+def find_progress(folder: str, teachers: list[str]) -> dict[str, tuple[int, str, int | None]]:
+    """teacher -> (its step, the checkpoint that holds it, its row there, None in one of its own).
+
+    Groups may be others now than they were. A teacher whose numbers were not finite starts anew.
+    """
+    found = {}
+    for group in sorted(glob.glob(f"{glob.escape(folder)}/group-*")):
+        checkpoint = common.checkpoint_of(group)
+        if checkpoint is None:
+            continue
+        record = common.load_options(checkpoint, "teachers")
+        for row, teacher in enumerate(record.teachers):
+            if teacher not in record.lost and record.step > found.get(teacher, (0,))[0]:
+                found[teacher] = record.step, checkpoint, row
+    for teacher in teachers:
+        own = teacher_folder(folder, teacher)
+        if common.is_finished(own):
+            step = common.load_options(own).step
+            if step >= found.get(teacher, (0,))[0]:
+                found[teacher] = step, own, None
+    return found
+
+
+def load_rows(sources: list[tuple], parameters: dict, optimizer) -> None:
+    """Fill row u of parameters, {name: (U, ..)}, and of the optimizer's state from sources[u].
+
+    sources: as `find_progress` finds them, all of one step.
+    """
+    files, states = {}, []                      # checkpoint -> (its weights, its optimizer's state)
+    for u, (step, folder, row) in enumerate(sources):
+        if folder not in files:
+            with common.named_file(f"{folder}/model.safetensors", "start over with --fresh"):
+                weights = load_file(f"{folder}/model.safetensors")
+            files[folder] = weights, common.load_optimizer(folder, step)
+        weights, state = files[folder]
+        common.check_finite(weights, f"{folder} is not loaded")
+        with common.named_file(folder, "start over with --fresh"), torch.no_grad():
+            for name, p in parameters.items():
+                p[u].copy_(weights[name] if row is None else weights[name][row])
+        states.append(state if row is None else state_of(state, row))
+    with common.named_file(folder, "start over with --fresh"):
+        optimizer.load_state_dict(joined(states))
+
+
+def state_of(state: dict, row: int) -> dict:
+    """Of the optimizer's state of U teachers that of one, as if it were the only one (U = 1)."""
+    return map_state(lambda values: values[0][row:row + 1], [state])
+
+
+def joined(states: list[dict]) -> dict:
+    """The optimizer's state of teachers side by side, from that of each."""
+    return map_state(torch.cat, states)
+
+
+def map_state(function, states: list[dict]) -> dict:
+    """The first state, each of its tensors with a row for a teacher made anew from those of all."""
+    parts = []
+    for n, part in enumerate(states[0]["parts"]):
+        new = {}                                # number of a parameter -> name -> value
+        for p, values in part["state"].items():
+            new[p] = {}
+            for name, value in values.items():
+                if torch.is_tensor(value) and value.ndim:
+                    value = function([state["parts"][n]["state"][p][name] for state in states])
+                new[p][name] = value            # else the number of steps, which they share
+        parts.append({**part, "state": new})
+    return {"parts": parts}
+
+
+def row_norms(parameters: dict) -> torch.Tensor:
+    """Each teacher's gradient norm, (U,); parameters: {name: (U, ..)}."""
+    squares = [p.grad.flatten(1).square().sum(1) for p in parameters.values()]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+@torch.no_grad()
+def step_all_but(rows: torch.Tensor, parameters: dict, optimizer) -> None:
+    """The optimizer's step, which leaves these teachers' rows, (U,) bool, and their state as is."""
+    if not rows.any():
+        optimizer.step()
+        return
+    kept = list(parameters.values())
+    for part in optimizer.parts:
+        for values in part.state.values():
+            kept += [value for value in values.values() if torch.is_tensor(value) and value.ndim]
+    rows = rows.to(kept[0].device)
+    before = [value[rows].clone() for value in kept]
+    for p in parameters.values():
+        p.grad[rows] = 0
+    optimizer.step()
+    for value, old in zip(kept, before):
+        value[rows] = old
+
+
+def remove_groups(folder: str) -> None:
+    """What was saved on the way, once every teacher is a checkpoint of its own."""
+    for pattern in ("group-*", "unfinished-*"):
+        for path in glob.glob(f"{glob.escape(folder)}/{pattern}"):
+            remove_ours(path)
+
+
+# -------------------------------------------------------------------------------------- to compare
 
 @torch.no_grad()
 def svd_factors(weights: lora.Weights) -> lora.Weights:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                    # a wrong path must not become a search of the hub
 
 import adapt
+import common
 import evaluate
 from bench import sample
 from bench.runs import Log
@@ -100,7 +101,8 @@ class Project:
         return line
 
     def files(self) -> dict:
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(self.runs.rglob("*")) if path.is_file()}
+        paths = [path for path in sorted(self.runs.rglob("*")) if path.is_file() and path.name != ".lock"]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
     def command(self, stage, *flags) -> list[str]:
         return [sys.executable, MODULES[stage or "base"].__name__ + ".py", *self.argv(stage, *flags)]
@@ -114,10 +116,15 @@ class Project:
         return Project(data or self.data, self.config, runs)
 
     def weights(self, *folders) -> dict:
-        return load_file(self.runs.joinpath(*folders) / "model.safetensors")
+        return load_file(self.checkpoint(*folders) / "model.safetensors")
 
     def record(self, *folders) -> dict:
-        return yaml.safe_load((self.runs.joinpath(*folders) / "config.yaml").read_text())
+        return yaml.safe_load((self.checkpoint(*folders) / "config.yaml").read_text())
+
+    def checkpoint(self, *folders) -> Path:
+        """The newest complete checkpoint of a stage, or of a teacher."""
+        folder = self.runs.joinpath(*folders)
+        return Path(common.checkpoint_of(str(folder)) or folder)
 
     def log(self, stage) -> list[dict]:
         return [json.loads(line) for line in (self.runs / stage / "log.jsonl").read_text().splitlines()]

@@ -25,9 +25,10 @@ import lora
 import t5
 import train_hyper
 import train_teacher
-from bench import optim, report, rouge
+from bench import curriculum, optim, report, rouge
 from bench.runs import Log
 
+MEASURED = {"step", "lr", "grad_norm", "tokens_per_second", "peak_gib", "seconds"}
 TERMS = {"base": {"loss"}, "meta": {"loss"}, "lora": {"loss"}, "lora-all": {"loss"},
          "pretrain": {"loss", "ce"},
          "finetune": {"loss", "ce", "kl", "ins"}}
@@ -66,8 +67,11 @@ def test_a_stage_leaves_a_run_folder_that_says_everything_about_itself(finished,
 def test_the_log_is_one_json_object_a_step_with_the_loss_terms(finished, stage):
     assert [row["step"] for row in finished.log(stage)] == [1, 2]
     for row in finished.log(stage):
-        assert row.keys() == {"step", "lr", "seconds"} | TERMS[stage]
+        group = row.pop("group", None)
+        assert (group is not None) == (stage == "lora")
+        assert row.keys() == MEASURED | TERMS[stage]
         assert all(math.isfinite(value) for value in row.values())
+        assert row["grad_norm"] > 0 and row["tokens_per_second"] > 1 and 0.05 < row["peak_gib"] < 24
         assert all(row[term] >= 0 for term in TERMS[stage]) and row["loss"] > 1 and row["lr"] > 0
 
 
@@ -83,7 +87,7 @@ def test_the_log_has_about_a_hundred_lines_or_one_every_20_steps_and_one_for_the
     options = argparse.Namespace(steps=steps, device="cpu")
     log = Log(str(tmp_path), options, start=0, rank=0)
     for step in range(1, steps + 1):
-        log(step, 0.1, {"loss": torch.tensor(1.0)})
+        log(step, 0.1, {"loss": torch.tensor(1.0)}, 10)
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} == {*range(every, steps + 1, every), steps}
@@ -147,16 +151,16 @@ def test_a_curriculum_has_easy_tasks_first_demonstrations_last_and_inputs_alone(
         finished, monkeypatch):
     """Ten steps: easy tasks in two, demonstrations in the last five, in between half of the draws
     without instruction."""
-    monkeypatch.setattr(train_teacher, "EASY_FIRST", 0.2)
-    monkeypatch.setattr(train_teacher, "DEMOS_AFTER", 0.5)
-    monkeypatch.setattr(train_teacher, "UNINSTRUCTED", 0.5)
+    monkeypatch.setattr(curriculum, "EASY_FIRST", 0.2)
+    monkeypatch.setattr(curriculum, "DEMOS_AFTER", 0.5)
+    monkeypatch.setattr(curriculum, "UNINSTRUCTED", 0.5)
     words = finished.argv("meta", "--curriculum", "--steps=10", "--tasks=20", "--demos=2")
     options = config.parse(train_teacher.parser(), "meta", words)
     tasks = data.training_tasks(options)
     first_wording = {task.name: task.definitions[0] for task in tasks}
     answers = {task.name: [output for x in task.instances for output in x.outputs]
                for task in tasks}
-    draws = train_teacher.curriculum_draws(tasks, options)
+    draws = curriculum.curriculum_draws(tasks, options)
     seen = {"other wording": 0, "longer": 0, "no instruction": 0, "demonstrations": 0}
     for step in range(10):
         for draw in draws(step, 0):
@@ -175,7 +179,7 @@ def test_a_curriculum_has_easy_tasks_first_demonstrations_last_and_inputs_alone(
 
 
 def test_a_curriculums_learning_rate_starts_anew_with_its_demonstrations(project, monkeypatch):
-    monkeypatch.setattr(train_teacher, "DEMOS_AFTER", 0.5)
+    monkeypatch.setattr(curriculum, "DEMOS_AFTER", 0.5)
     project.run("meta", "--fresh", "--steps=8", "--warmup=0.25", "--schedule=linear", "--lr=0.04")
     rates = [0.04, 0.04, 0.04 * 2 / 3, 0.04 / 3]                # four steps, warm-up in the first
     assert [row["lr"] for row in project.log("meta")] == pytest.approx(rates * 2)
@@ -243,7 +247,7 @@ def test_a_flag_of_finetuning_trains_and_changes_the_result(project, flags, term
     assert prefixes(weights) == parts
     assert weights.keys() != whole.keys() or any(not torch.equal(weights[name], whole[name]) for name in weights)
     for row in project.log("other"):
-        assert row.keys() - {"step", "lr", "seconds"} == {"loss"} | terms
+        assert row.keys() - MEASURED == {"loss"} | terms
         options = argparse.Namespace(**project.record("other"))
         expected = options.lambda_ce * row["ce"] + options.lambda_kl * row.get("kl", 0)
         if "ins" in terms and options.lambda_ins != "sigmoid":

@@ -171,7 +171,7 @@ def test_dropout_differs_between_micro_batches_and_is_the_same_on_two_ranks_as_i
         with monkeypatch.context() as patch:
             patch.setattr(t5, "logits", record)
             run = Run(folder, options, rank, world, {})
-            train_teacher.train_llm(run, llm, tokenizer, lambda *at: (ids, mask, labels))
+            train_teacher.train_llm(run, llm, tokenizer, lambda *at: [], lambda *at: (ids, mask, labels))
         return seen
 
     one = logits_of(0, 1, 2)

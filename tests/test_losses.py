@@ -342,16 +342,16 @@ def one_step():
         def zero_grad(self, set_to_none):
             pass
 
-    def resume(folder, fresh, parameters, optimizer):
+    def resume(folder, parameters, optimizer):
         optimizer.parameters = parameters
         return 0
 
-    stubs = {"resume": resume, "save_checkpoint": mock.Mock(), "StopSignal": lambda: mock.Mock(asked=0)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(optim, "make_optimizer", lambda *args: Recorder()))
-        stack.enter_context(mock.patch.object(bench.runs, "Log"))
-        for name, stub in stubs.items():
-            stack.enter_context(mock.patch.object(common, name, stub))
+        stack.enter_context(mock.patch.object(common, "resume", resume))
+        stack.enter_context(mock.patch.object(common.StopSignal, "listen"))
+        for name in ("Log", "save_step", "publish", "sweep"):
+            stack.enter_context(mock.patch.object(bench.runs, name))
         yield seen
 
 

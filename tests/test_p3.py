@@ -20,7 +20,7 @@ import data
 import evaluate
 import train_hyper
 import train_teacher
-from bench import cost, p3, report
+from bench import cost, curriculum, p3, report
 from bench.predictions import of_another_kind
 from hypernet import TAGI
 
@@ -390,8 +390,8 @@ def test_an_instance_without_its_instruction_is_p3s_fields_or_is_refused(p3_proj
 
         with monkeypatch.context() as patch:
             patch.setattr(data, "tokenize_instructed", noted)
-            patch.setattr(train_teacher, "EASY_FIRST", 0)
-            patch.setattr(train_teacher, "UNINSTRUCTED", uninstructed)
+            patch.setattr(curriculum, "EASY_FIRST", 0)
+            patch.setattr(curriculum, "UNINSTRUCTED", uninstructed)
             p3_project.run("meta", "--name=dropped", "--fresh", "--curriculum")
         return set(seen)
 

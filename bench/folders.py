@@ -1,0 +1,148 @@
+"""Checkpoints in a run's folder, and which files there are ours: no others are removed."""
+import glob
+import os
+import re
+import shutil
+
+import common
+from common import UserError
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def save_step(folder: str, step: int, finished: bool, write) -> None:
+    """Make the checkpoint step-… in a stage's folder, by write(folder, step, finished).
+
+    It is complete, and on the disk, before it has its name. Raises UserError where it cannot be.
+    """
+    target = f"{folder}/step-{step:06d}"
+    if not os.path.lexists(target):             # else it was killed just after this
+        kept = common.checkpoint_of(folder)
+        kept = f"{kept} is as it was" if kept else "there is no checkpoint yet"
+        remedy = f"make room there; {kept}; then run the same command again"
+        with common.new_folder(target, remedy) as unfinished:
+            write(unfinished, step, finished)
+            move_config(unfinished, unfinished, folder, target)
+    point(f"{folder}/latest", target)
+    common.flush(folder)
+
+
+def publish(folder: str) -> None:
+    """Put the files of the newest checkpoint, the last one, into the stage's folder itself."""
+    newest, config = common.checkpoint_of(folder), f"{folder}/config.yaml"
+    if newest == folder:
+        return
+    if os.path.isfile(config):                  # of a run with fewer --steps
+        os.unlink(config)
+    for name in os.listdir(newest):
+        if name != "config.yaml":               # last: it makes the rest a checkpoint
+            put_beside(f"{newest}/{name}", f"{folder}/{name}")
+    common.flush(folder)
+    move_config(newest, folder, newest, folder)
+    common.flush(folder)
+
+
+def sweep(folder: str, keep: int) -> None:
+    """Remove what a killed run left half written, and the checkpoints beyond the newest `keep`."""
+    root = glob.escape(folder)
+    for path in glob.glob(f"{root}/{common.UNFINISHED}*"):
+        shutil.rmtree(path)
+    for path in glob.glob(f"{root}/*.tmp"):
+        if os.path.basename(path).removesuffix(".tmp") in OURS:
+            os.unlink(path)
+    checkpoints = common.checkpoints_of(folder)
+    for path in list(checkpoints)[:-keep]:
+        if path != folder:
+            remove_ours(path)
+    if folder in checkpoints:                   # its files stand in the folder itself
+        remove_ours(f"{folder}/step-{checkpoints[folder]:06d}")
+    link = f"{folder}/latest"
+    if os.path.islink(link) and not os.path.exists(link):
+        os.unlink(link)
+
+
+# ------------------------------------------------------------------------------- what files are ours
+
+# Names that this program gives to files in a stage's folder and its checkpoints.
+OURS = {"run.yaml", "config.yaml", "model.safetensors", "optimizer.pt", "log.jsonl", ".lock",
+        "training_tasks.json", "instructions.safetensors", "latest", "best",
+        # of an LLM and its tokenizer
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "special_tokens_map.json", "added_tokens.json", "spiece.model"}
+OUR_FOLDERS = ("step-", "best-", "group-", "unfinished-", common.UNFINISHED, "tensorboard")
+
+
+def is_known(entry: os.DirEntry) -> bool:
+    """Whether this program may have written this file or folder of a run folder."""
+    if entry.is_dir(follow_symlinks=False):
+        is_teacher = "unit_name" in record_in(entry.path)
+        return is_teacher or entry.name.startswith(OUR_FOLDERS)
+    name = entry.name.removesuffix(".tmp")
+    return name in OURS or re.match(r"log-\d+\.jsonl$|events\.out\.tfevents", name) is not None
+
+
+def record_in(folder: str, name: str = "config.yaml") -> dict:
+    """What this file in it holds; {} where there is none that can be read."""
+    try:
+        return common.read_yaml(f"{folder}/{name}", "")
+    except UserError:
+        return {}
+
+
+def is_ours(folder: str) -> bool:
+    """Whether a run of this program made this folder; also where nothing is there, or all is known."""
+    if os.path.islink(folder) or not os.path.isdir(folder):
+        return not os.path.lexists(folder)
+    with os.scandir(folder) as entries:
+        if all(is_known(entry) for entry in entries):
+            return True
+    return "go_on_with" in record_in(folder, "run.yaml") or "finished" in record_in(folder)
+
+
+def remove_ours(folder: str) -> None:
+    """Remove what this program wrote into this folder, config.yaml first, and it if nothing is left."""
+    if not os.path.isdir(folder):
+        return
+    if os.path.isfile(f"{folder}/config.yaml"):         # without it the rest is no checkpoint
+        os.unlink(f"{folder}/config.yaml")
+    with os.scandir(folder) as entries:
+        known = [entry for entry in entries if is_known(entry)]
+    for entry in known:
+        if entry.is_dir(follow_symlinks=False):
+            remove_ours(entry.path)
+        elif entry.name != ".lock":
+            os.unlink(entry.path)
+    if not os.listdir(folder):
+        os.rmdir(folder)
+
+
+def put_beside(path: str, target: str) -> None:
+    """Make `target` the same file as `path`, in one step: by a link, or a copy where there are none."""
+    if os.path.exists(target) and os.path.samefile(path, target):
+        return
+    temporary = f"{target}.tmp"
+    if os.path.exists(temporary):
+        os.unlink(temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+        common.flush(temporary)
+    os.replace(temporary, target)
+
+
+def move_config(source: str, target: str, old: str, new: str) -> None:
+    """Write source's config.yaml to target, its relative path from `new` where it was from `old`."""
+    record = common.read_yaml(f"{source}/config.yaml", "train this stage again with --fresh")
+    if record.get("llm_is_relative"):
+        path = os.path.join(old, record["llm_path"])
+        record["llm_path"] = os.path.relpath(path, new)
+    common.write_yaml(f"{target}/config.yaml", record)
+
+
+def point(link: str, folder: str) -> None:
+    """Make the symbolic link name this folder beside it, in one step."""
+    temporary = f"{link}.tmp"
+    if os.path.lexists(temporary):
+        os.unlink(temporary)
+    os.symlink(os.path.basename(folder), temporary)
+    os.replace(temporary, link)

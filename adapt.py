@@ -15,10 +15,10 @@ import os
 import sys
 import time
 
+import common  # before PyTorch: Ctrl-C
 import torch
 from tqdm import tqdm
 
-import common
 import config
 import data
 import t5

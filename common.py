@@ -8,13 +8,17 @@ import hashlib
 import json
 import os
 import pickle
-import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+
+# Ctrl-C while PyTorch is loaded, which takes seconds: a script of ours ends without a traceback.
+_started = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+if os.path.dirname(_started) == os.path.dirname(os.path.abspath(__file__)):
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda number, frame: os._exit(130))
 
 import torch
 import torch.distributed as dist
@@ -307,8 +311,9 @@ def save_checkpoint(folder: str, record: dict, weights: dict, optimizer=None, st
         state = optimizer if isinstance(optimizer, dict) else optimizer.state_dict()
         state = {"optimizer": state, "step": step}
         _atomically(f"{folder}/optimizer.pt", lambda path: torch.save(state, path))
-    last = {"step": step, "finished": finished, "versions": versions()}
-    write_yaml(f"{folder}/config.yaml", {**record, **last})
+    flush(folder)
+    write_yaml(f"{folder}/config.yaml", record | {"step": step, "finished": finished})
+    flush(folder)
 
 
 def check_finite(tensors: dict, problem: str) -> None:
@@ -440,16 +445,3 @@ def load_optimizer(folder: str, step: int) -> dict:
         if state["step"] != step:
             raise ValueError(f"it is of step {state['step']}, the weights of {step}")
         return state["optimizer"]
-
-
-@functools.cache
-def versions() -> dict:
-    import transformers
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "transformers": transformers.__version__, "git": "none"}
-    here = os.path.dirname(os.path.abspath(__file__))
-    with contextlib.suppress(OSError):                  # no git on this machine
-        told = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here,
-                              capture_output=True, text=True)
-        versions["git"] = told.stdout.strip() or "none"
-    return versions

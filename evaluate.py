@@ -19,15 +19,15 @@ import itertools
 import json
 import os
 
+import common  # before PyTorch: Ctrl-C
 import torch
 from tqdm import tqdm
 
-import common
 import config
 import data
 import lora
 import t5
-from bench import cost, p3, predictions, probe, report, sample
+from bench import cost, machine, p3, predictions, probe, report, sample
 from bench.predictions import HEURISTICS, UNSEEN_WORDING
 from bench.report import ROWS
 from bench.rouge import rouge_l     # noqa: F401  for those who import it from here
@@ -412,7 +412,7 @@ def run(options) -> dict:
         if bench == "sni" and set(wanted) - HEURISTICS:
             published = report.published_sni(loaded.tagi.llm.config)
     return {"bench": bench, "split": split, "tasks": len(tasks), "listed": listed,
-            "results": results, "published": published, "versions": common.versions()}
+            "results": results, "published": published, "versions": machine.versions()}
 
 
 @common.command

@@ -16,11 +16,11 @@ Table 4's ablations are one option each: --no-pretrained, --fusion none, --lambd
 """
 import os
 
+import common  # before PyTorch: Ctrl-C
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import common
 import config
 import data
 import lora

@@ -16,19 +16,19 @@ Launch (without --stage: the stages that the config has a section for, in this o
 """
 import os
 
+import common  # before PyTorch: Ctrl-C
 import torch
 import torch.nn.functional as F
 
-import common
 import config
 import data
 import lora
 import t5
 from bench import curriculum, optim, sample
-from bench.folders import save_step, sweep
+from bench.folders import save_step, sweep, teacher_folder
 from bench.runs import Log, Run
 from bench.teachers import (find_progress, load_rows, load_start, remove_groups, row_norms,
-                            save_teacher, state_of, step_all_but, teacher_folder)
+                            save_teacher, state_of, step_all_but)
 from common import UserError
 
 # Letters of the shapes in comments:
@@ -236,6 +236,7 @@ def train_lora(options, run):
     if len({teacher_folder(run.folder, name) for name in teachers}) < len(teachers):
         raise UserError(f"--unit {options.unit}: two names make one folder's name; rename one")
     tagi = load_start(options, run, path, tasks_of) if options.init_from else None
+    run.found["unit_names"] = teachers
     # From here on --fresh has removed what was there. A rerun sees what these teachers are.
     run.begin(path, log=False)
     if run.rank == 0 and run.before is None:

@@ -50,11 +50,13 @@ def sweep(folder: str, keep: int) -> None:
         if os.path.basename(path).removesuffix(".tmp") in OURS:
             os.unlink(path)
     checkpoints = common.checkpoints_of(folder)
+    if folder in checkpoints:                   # its files stand in the folder itself
+        published = f"{folder}/step-{checkpoints[folder]:06d}"
+        checkpoints.pop(published, None)
+        remove_ours(published)
     for path in list(checkpoints)[:-keep]:
         if path != folder:
             remove_ours(path)
-    if folder in checkpoints:                   # its files stand in the folder itself
-        remove_ours(f"{folder}/step-{checkpoints[folder]:06d}")
     link = f"{folder}/latest"
     if os.path.islink(link) and not os.path.exists(link):
         os.unlink(link)
@@ -78,6 +80,11 @@ def is_known(entry: os.DirEntry) -> bool:
         return is_teacher or entry.name.startswith(OUR_FOLDERS)
     name = entry.name.removesuffix(".tmp")
     return name in OURS or re.match(r"log-\d+\.jsonl$|events\.out\.tfevents", name) is not None
+
+
+def teacher_folder(folder: str, teacher: str) -> str:
+    """Where below the folder of stage lora the teacher of this name is."""
+    return os.path.join(folder, "".join(c if c.isalnum() else "_" for c in teacher.lower()))
 
 
 def record_in(folder: str, name: str = "config.yaml") -> dict:

@@ -13,6 +13,7 @@ import numpy as np
 import common
 import config
 import t5
+from bench import machine
 from bench.report import ROWS, SETTINGS, score
 from bench.teachers import check_teachers
 from common import UserError
@@ -165,7 +166,7 @@ def open_predictions(out: str, record: dict, sources: dict, fresh: bool) -> dict
                 records = common.read_json_lines(path, "start over with --fresh", row=str,
                                                  demos=int, task=str, id=object, prediction=str)
                 done = {(r["row"], r["demos"], r["task"], r["id"]): r for r in records}
-    common.write_yaml(written, {**record, "sources": sources, "versions": common.versions()})
+    common.write_yaml(written, {**record, "sources": sources, "versions": machine.versions()})
     return done
 
 
@@ -244,7 +245,7 @@ def rescore(path: str, references: str | None, bench: str | None) -> dict:
                       "score as empty")
         results.append(score(row, demos, records, bench != "sni"))
     return {"bench": bench, "split": "rescored", "results": results, "published": [],
-            "versions": common.versions()}
+            "versions": machine.versions()}
 
 
 def read_references(path: str) -> dict:

@@ -10,7 +10,7 @@ import random
 import numpy as np
 
 import common
-from bench import predictions, similarity
+from bench import machine, predictions, similarity
 from bench.report import ROWS, TITLES, bootstrap_interval, line, score
 from common import UserError
 
@@ -53,7 +53,7 @@ def run(loaded, predict) -> None:
     alike, told = similarity.of_tasks(loaded.tagi, loaded.tasks, f"{o.out}/similarity.png")
     text = "\n\n".join([table(results), category_table(results), example(texts), told])
     print(f"{text}\n\nwritten to {o.out}: probe.md, probe.json, similarity.png where there is one")
-    results |= {"similarity": alike, "versions": common.versions()}
+    results |= {"similarity": alike, "versions": machine.versions()}
     common.write_text(f"{o.out}/probe.json", json.dumps(results, indent=1))
     common.write_text(f"{o.out}/probe.md", text + "\n")
 

@@ -3,9 +3,6 @@ import fcntl
 import json
 import math
 import os
-import platform
-import resource
-import shlex
 import sys
 import time
 
@@ -13,7 +10,9 @@ import torch
 
 import common
 import t5
-from bench.folders import is_ours, publish, remove_ours, save_step, sweep
+from bench import machine
+from bench.folders import (is_ours, publish, remove_ours, save_step, sweep,
+                           teacher_folder)
 from bench.watch import Watch
 from common import UserError
 
@@ -60,7 +59,7 @@ class Run:
             print(f"{folder}: {options.steps} steps, effective batch {batch} = {ranks}"
                   f"{options.tasks} tasks x {options.instances} instances x {options.accumulate} "
                   f"micro-batches, seed {options.seed} "
-                  f"({', '.join(f'{name} {version}' for name, version in common.versions().items())})")
+                  f"({', '.join(f'{name} {version}' for name, version in machine.versions().items())})")
 
     def take_lock(self) -> None:
         """Of the folder, where it is there: one run at a time. It goes with the process."""
@@ -90,6 +89,9 @@ class Run:
         common.check_digests(vars(options) | self.found, self.folder, before)
         if not before["finished"] or before["step"] < options.steps:
             return False
+        for teacher in before.get("unit_names", []):    # one may have been removed since
+            if not common.is_finished(teacher_folder(self.folder, teacher)):
+                return False
         # Killed between the last checkpoint and its move into the folder.
         if self.rank == 0:
             publish(self.folder)
@@ -114,7 +116,8 @@ class Run:
     def record(self) -> dict:
         """What config.yaml tells of this run."""
         seconds = (self.before or {}).get("seconds", 0) + time.time() - self.begun
-        return vars(self.options) | self.found | {"seconds": round(seconds, 1)}
+        return vars(self.options) | self.found | {"seconds": round(seconds, 1),
+                                                  "versions": machine.versions()}
 
     def resume(self, parameters: dict, optimizer) -> int:
         """The step to go on from; parameters and optimizer are filled from the checkpoint there."""
@@ -167,12 +170,10 @@ class Run:
         path, runs = f"{self.folder}/run.yaml", []
         if os.path.isfile(path):
             runs = common.read_yaml(path, "remove it").get("runs", [])
-        gpu = torch.cuda.get_device_name() if self.options.device == "cuda" else "none"
-        runs.append({"command": command_line(), "from_step": self.start, "processes": self.world,
-                     "started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(),
-                     "gpu": gpu, "cpu": processor(), "cores": os.cpu_count(),
-                     "versions": common.versions()})
-        common.write_yaml(path, {"go_on_with": command_line(), "runs": runs})
+        runs.append({"command": machine.command_line(), "from_step": self.start, "processes": self.world,
+                     "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                     "versions": machine.versions()} | machine.hardware(self.options.device))
+        common.write_yaml(path, {"go_on_with": machine.command_line(), "runs": runs})
 
     def is_finite(self, step: int, loss: torch.Tensor, norm: float, dealt) -> bool:
         """Whether this step, counted from 0, may be taken: loss and gradient norm are finite.
@@ -184,15 +185,15 @@ class Run:
         if math.isfinite(loss) and math.isfinite(norm):
             return True
         self.skipped += 1
-        if self.options.on_nan == "skip":
-            return False
         names = {name_of(item) for items in dealt() for item in items}
         tasks = sorted(set().union(*common.gather_over_ranks(names)))
-        kept = common.checkpoint_of(self.folder)
-        kept = f"{kept} is unharmed" if kept else "there is no checkpoint yet"
-        raise UserError(f"step {step + 1}: loss {loss:.3g}, gradient norm {norm:.3g}, with "
-                        f"{', '.join(tasks[:4])}{' ..' if len(tasks) > 4 else ''}; {kept}; lower "
-                        "--lr with --fresh, or go on with --on-nan skip")
+        self.log.note({"step": step + 1, "not_finite": [f"{loss:g}", f"{norm:g}"], "tasks": tasks})
+        if self.options.on_nan == "skip":
+            return False
+        kept = os.path.basename(common.checkpoint_of(self.folder) or "no checkpoint yet")
+        raise UserError(f"{os.path.basename(self.folder)}, step {step + 1}: loss {loss:.3g}, gradient "
+                        f"norm {norm:.3g}, with {', '.join(tasks)[:100]} (log.jsonl lists all); last "
+                        f"good: {kept}; --on-nan skip goes on, a lower --lr needs --fresh")
 
     def after_step(self, step: int, lr: float, terms: dict, stopping: bool, save, norm: float,
                    tokens: float):
@@ -244,36 +245,6 @@ def name_of(item) -> str:
     return repr(item[:20]) if isinstance(item, str) else item.task.name
 
 
-def command_line() -> str:
-    """The command that this process was started by."""
-    words = ["python", *sys.argv]
-    world = common.launched_processes()
-    if world > 1:
-        local = os.environ.get("LOCAL_WORLD_SIZE", world)
-        words[:1] = ["torchrun", "--nproc-per-node", str(local)]
-    return shlex.join(words)
-
-
-def processor() -> str:
-    """Its name, where Linux tells it."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def peak_memory(device: str) -> float:
-    """GiB that this process has used at most: of the GPU, or of the machine's memory."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
-
-
 class Log:
     """A progress bar, on rank 0, and log.jsonl, a line for 20 steps or fewer.
 
@@ -312,9 +283,14 @@ class Log:
         speed = self.tokens / max(now - self.since, 1e-9)
         self.tokens, self.since = 0, now
         values |= {name: rounded(v) for name, v in (more or {}).items()}
-        values |= {"tokens_per_second": rounded(speed), "peak_gib": rounded(peak_memory(self.device)),
+        values |= {"tokens_per_second": rounded(speed), "peak_gib": rounded(machine.peak_memory(self.device)),
                    "seconds": round(now - self.begun, 2)}
-        self.file.write(json.dumps({"step": step, "lr": lr} | values) + "\n")
+        self.note({"step": step, "lr": lr} | values)
+
+    def note(self, line: dict) -> None:
+        """Write a line of its own."""
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
 
     def close(self):
         self.bar.close()
@@ -323,7 +299,10 @@ class Log:
 
 
 def rounded(value):
-    return value if isinstance(value, str) else float(f"{float(value):.5g}")
+    """Five digits of a number; None where it is none, which JSON has no word for."""
+    if isinstance(value, str):
+        return value
+    return float(f"{float(value):.5g}") if math.isfinite(value) else None
 
 
 def forget_steps_after(step: int, path: str) -> None:

@@ -11,14 +11,9 @@ import common
 import config
 import lora
 import t5
-from bench.folders import remove_ours
+from bench.folders import remove_ours, teacher_folder
 from common import UserError
 from hypernet import TAGI
-
-
-def teacher_folder(folder: str, teacher: str) -> str:
-    """Where below a run's folder the teacher of this name is."""
-    return os.path.join(folder, "".join(c if c.isalnum() else "_" for c in teacher.lower()))
 
 
 def save_teacher(folder: str, record: dict, teacher: str, weights: lora.Weights,
@@ -29,9 +24,8 @@ def save_teacher(folder: str, record: dict, teacher: str, weights: lora.Weights,
     """
     path = teacher_folder(folder, teacher)
     remove_ours(path)                           # of fewer --steps
-    with common.new_folder(path, "make room, then run the same command again") as unfinished:
-        common.save_checkpoint(unfinished, record | {"unit_name": teacher}, lora.flatten(weights),
-                               optimizer, record["steps"], finished=True)
+    common.save_checkpoint(path, record | {"unit_name": teacher}, lora.flatten(weights),
+                           optimizer, record["steps"], finished=True)
 
 
 def check_teachers(folder: str, teachers: list[str], expected: dict, command: str) -> None:

@@ -1,0 +1,61 @@
+"""On what and how this process runs: command, versions, hardware, memory."""
+import contextlib
+import functools
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+
+import torch
+
+import common
+
+
+def command_line() -> str:
+    """The command that this process was started by."""
+    words = ["python", *sys.argv]
+    world = common.launched_processes()
+    if world > 1:
+        local = os.environ.get("LOCAL_WORLD_SIZE", world)
+        words[:1] = ["torchrun", "--nproc-per-node", str(local)]
+    return shlex.join(words)
+
+
+def hardware(device: str) -> dict:
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
+    return {"host": platform.node(), "gpu": gpu, "cpu": processor(), "cores": os.cpu_count()}
+
+
+def processor() -> str:
+    """Its name, where Linux tells it."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(device: str) -> float:
+    """GiB that this process has used at most: of the GPU, or of the machine's memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+@functools.cache
+def versions() -> dict:
+    import transformers
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "transformers": transformers.__version__, "git": "none"}
+    here = os.path.dirname(os.path.abspath(__file__))
+    with contextlib.suppress(OSError):                  # no git on this machine
+        told = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=here,
+                              capture_output=True, text=True)
+        versions["git"] = told.stdout.strip() or "none"
+    return versions

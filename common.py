@@ -7,7 +7,6 @@ import glob
 import hashlib
 import json
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -30,21 +29,42 @@ from safetensors.torch import load_file, save_file
 # ------------------------------------------------------------------------------ mistakes, files
 
 
+def one_line(text: str, most: int = 300, encoding: str | None = None) -> str:
+    """The text as one printable line of at most so many characters; its middle is what goes."""
+    text = " ".join(line.strip() for line in text.splitlines())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)   # \x1b, \udc80 in words
+    encoding = encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    if len(text) > most:
+        text = text[:most // 3] + " ... " + text[5 + most // 3 - most:]     # what to do is at the end
+    return text
+
+
 class UserError(ValueError):
     """A mistake of the user's: one line that says what, where and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message, 290))
 
 
 @contextlib.contextmanager
 def named_file(path: str, remedy: str, verb: str = "read"):
-    """Within: whatever is wrong with this file or folder becomes a UserError that names it."""
+    """Within: whatever is wrong with this file or folder becomes a UserError that names it.
+
+    Libraries raise what they like where a file is damaged: TypeError, RecursionError, a bare
+    Exception. So nothing but the file is to be read within.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError,
-            yaml.YAMLError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:                      # a panic of tokenizers is no Exception
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
-        reason = " ".join(reason.split())[:200]
+        elif isinstance(error, KeyError):
+            reason = f"no {error}"
+        reason = one_line(" ".join(reason.split()), 200)
         raise UserError(f"{path} cannot be {verb}: {reason}; {remedy}") from None
 
 
@@ -53,6 +73,9 @@ def command(main):
     @functools.wraps(main)
     def run(*args, **kwargs):
         stop.listen()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):          # a terminal may know no more than ASCII
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -174,7 +197,8 @@ def tell_once(error: UserError) -> None:
     if launched_processes() > 1 and os.environ["RANK"] != "0":
         stop.at_once = True                             # the launcher's SIGTERM ends the wait
         time.sleep(5)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    encoding = getattr(sys.stderr, "encoding", None)
+    print(one_line(f"error: {error}", encoding=encoding), file=sys.stderr, flush=True)
 
 
 progress = 0        # meetings and steps that this process has begun: by it, Watch sees who is silent
@@ -348,7 +372,7 @@ def new_folder(folder: str, remedy: str = "choose another folder"):
                 flush(part)
             os.rename(f"{unfinished}/whole", folder)
         flush(above)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:      # PyTorch's for a full disk
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{folder} cannot be written: {reason}; {remedy}") from None
 

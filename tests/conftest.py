@@ -143,6 +143,12 @@ def exactly():
 
 
 @pytest.fixture
+def tmp_path(tmp_path_factory):
+    """A folder with a short name: an error line that names three paths in it stays below 300 characters."""
+    return tmp_path_factory.mktemp("t")
+
+
+@pytest.fixture
 def exact():
     with exactly():
         yield

@@ -96,6 +96,7 @@ class Project:
         assert end.value.code == 2
         line = err.getvalue()
         assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
+        assert len(line) <= 301, line
         after = self.files()
         assert {path: after.get(path) for path in before} == before, "a refused command changed or removed files"
         return line

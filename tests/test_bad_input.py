@@ -1,4 +1,5 @@
 """A user's mistake: one line on standard error, exit code 2, nothing lost. `Project.refuses` checks these three each time."""
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
 from stages import ROOT, STAGES, Project, at_step, environment, interrupt
 
+import common
 import data
 import evaluate
 import train_hyper
@@ -637,3 +639,46 @@ def test_a_key_of_one_stage_at_the_top_of_a_config_is_told_where_it_belongs(proj
 
 def test_a_command_in_an_error_line_names_the_runs_that_it_is_about(project, tmp_path):
     assert f"--runs {tmp_path}/empty" in project.refuses("lora", "--fresh", "--runs", tmp_path / "empty")
+
+
+# ---------------------------------------------------------------------------------- one line, whatever the input holds
+
+class Panic(BaseException):
+    """What tokenizers raise where their Rust code panics: no Exception."""
+
+
+@pytest.mark.parametrize("error", [TypeError("a\nb"), AttributeError("x"), RecursionError("deep"), Exception("bare"), OSError(),
+                                   KeyError("vocab"), MemoryError(), AssertionError(), Panic("no"), ValueError("x" * 5000)])
+def test_whatever_is_raised_while_a_named_file_is_read_becomes_one_line(error):
+    with pytest.raises(common.UserError) as told:
+        with common.named_file("some/file", "write it again"):
+            raise error
+    line = str(told.value)
+    assert line.startswith("some/file cannot be read: ") and line.endswith("; write it again")
+    assert len(line) <= 300 and line.isprintable()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), common.UserError("my own")])
+def test_ctrl_c_an_exit_and_a_mistake_told_already_pass_through_a_named_file(error):
+    with pytest.raises(type(error)) as passed:
+        with common.named_file("some/file", "write it again"):
+            raise error
+    assert passed.value is error
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("word", ["x" * 9999, "two\nlines\r\x85and\u2028more", "\x1b[31mred\x00", "half \ud83d", "naïve 🙂" * 99])
+def test_an_error_is_one_printable_line_of_300_characters_on_every_terminal(monkeypatch, word, encoding):
+    @common.command
+    def main():
+        print(word)
+        raise common.UserError(f"{word} is wrong; do something else")
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(f"sys.{name}", stream)
+    with pytest.raises(SystemExit) as end:
+        main()
+    streams["stderr"].flush()
+    line = streams["stderr"].buffer.getvalue().decode(encoding)
+    assert end.value.code == 2 and line.startswith("error: ") and line.endswith("; do something else\n")
+    assert len(line) <= 301 and line[:-1].isprintable()

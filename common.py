@@ -36,7 +36,7 @@ def one_line(text: str, most: int = 300, encoding: str | None = None) -> str:
     encoding = encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     if len(text) > most:
-        text = text[:most // 3] + " ... " + text[5 + most // 3 - most:]     # what to do is at the end
+        text = text[:most // 2] + " ... " + text[5 + most // 2 - most:]     # what to do is at the end
     return text
 
 

@@ -287,5 +287,5 @@ def check_fits(expected: dict, folder: str, record: dict, keys, llm_path: str, r
     for key in keys:                                # another alpha's would load, rescaled
         new = expected[key]
         if record.get(key, new) != new:
-            raise common.UserError(f"{folder} was trained with --{key} {record[key]}, not {new}; "
-                                   f"use the same, or {remedy}")
+            raise common.UserError(f"{folder} has --{key} {record[key]}, not {new}; use the same, or "
+                                   f"{remedy}")

@@ -199,7 +199,7 @@ def finished_stage(stage: str, options, digests=None) -> str:
     """The folder of train_teacher.py's stage. Raises UserError where it is not finished."""
     folder = os.path.join(options.runs, stage)
     if not common.is_finished(folder):
-        raise UserError(f"{folder} is not there or not finished; first run "
+        raise UserError(f"{folder} is not finished; first run "
                         f"python train_teacher.py --stage {stage}{config_flag(options)}")
     record = common.read_yaml(f"{folder}/config.yaml", "train this stage again")
     found = vars(options) | (digests or {})

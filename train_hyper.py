@@ -203,9 +203,8 @@ def start_from_pretrained(options, run, parameters):
     """Fill the parameters that the pretrain stage has too; parts that are new here stay new."""
     folder = os.path.join(options.runs, "pretrain")
     if not common.is_finished(folder):
-        raise UserError(f"{folder} is not there or not finished; first run python train_hyper.py "
-                        f"--stage pretrain{t5.config_flag(options)}, or start without it: "
-                        "--no-pretrained")
+        raise UserError(f"{folder} is not finished; first run python train_hyper.py --stage "
+                        f"pretrain{t5.config_flag(options)}, or add --no-pretrained")
     old, new = vars(common.load_options(folder)), run.record()
     keys = ["llm_fingerprint"]
     if options.generator != "none":             # another alpha's weights would load, rescaled

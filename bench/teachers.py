@@ -39,7 +39,7 @@ def check_teachers(folder: str, teachers: list[str], expected: dict, command: st
             raise UserError(f"{path}: no LoRA teacher for {teacher}; first run {command}")
         record = vars(common.load_options(path, "llm_fingerprint"))
         config.check_fits(expected, path, record, ("rank", "alpha"),
-                          "the frozen LLM's folder", f"train it again: {command} --fresh")
+                          "the frozen LLM's folder", f"train again: {command} --fresh")
 
 
 def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: dict,

@@ -89,7 +89,8 @@ def command(main):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            stop.restore()
+            if launched_processes() == 1:               # else the launcher's SIGTERM may still come
+                stop.restore()
     return run
 
 

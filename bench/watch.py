@@ -44,7 +44,9 @@ class Watch:
     def _run(self) -> None:
         while not self.left.wait(self.PAUSE):
             if self.parent is not None and os.getppid() != self.parent:
-                common.stop.asked = 1
+                if self.rank == 0:
+                    os.write(2, b"\nthe launcher is gone: this step ends, then its state is saved\n")
+                self._stop_without_store()
             if self.store is None:
                 continue
             try:
@@ -52,12 +54,15 @@ class Watch:
                 keys = [f"{self.prefix}/{rank}" for rank in range(self.world)]
                 self.told = [json.loads(self.store.get(key)) for key in keys]
             except Exception:                   # the store is gone, and so is who held it
-                common.stop.asked = 1
-                self.store = None
+                self._stop_without_store()
                 continue
             if any(asked for _, asked, _ in self.told):
                 common.stop.asked = 1
             self._check()
+
+    def _stop_without_store(self) -> None:
+        common.stop.asked = 1
+        self.store = self.parent = None
 
     def _check(self) -> None:
         """End this process where a rank has been silent for too long."""

@@ -34,8 +34,12 @@ OWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tagi-l
 def parser():
     p = config.Parser(__doc__)
     add = p.add_argument_group("who answers").add_argument
-    add("--checkpoint", help="folder of a finetuned TAGI; default: assets/tagi-lora")
-    add("--adapter", help="folder of a saved adapter, in place of an instruction")
+    add("--checkpoint", type=config.beside,
+        help="folder of a finetuned TAGI; default: assets/tagi-lora")
+    add("--llm", type=config.beside,
+        help="folder of its frozen LLM; default: the one that its config.yaml names")
+    add("--adapter", type=config.path,
+        help="folder of a saved adapter, in place of an instruction; default: none")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: the GPU, if any")
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the frozen LLM")
     add = p.add_argument_group("instruction, inputs").add_argument
@@ -47,8 +51,10 @@ def parser():
     add("--combine", nargs="?", type=config.numbers, const=[], metavar="W1,W2",
         help="one adapter for several --instruction: their sum with these weights, or their mean")
     add("--input", action="append", default=[], help="a text to answer; may be given several times")
-    add("--inputs", help="file with an input a line; -: standard input, answered line by line")
-    add("--instructions", help="file of JSON lines: instruction, input, [demonstrations]")
+    add("--inputs", type=config.path,
+        help="file with an input a line; -: standard input, answered line by line")
+    add("--instructions", type=config.path,
+        help="file of JSON lines: instruction, input, [demonstrations]")
     add("--batch-size", type=config.positive, help="inputs answered at a time; default: 32")
     add = p.add_argument_group("answers, files").add_argument
     add("--choices", help="answers to choose from, with | between them")
@@ -59,9 +65,9 @@ def parser():
     add("--json", default=False, **config.flag, help="print a JSON object for each answer")
     add("--compare", default=False, **config.flag,
         help="the frozen LLM's answers too, times, and how near the instruction is to training's")
-    add("--save", help="new folder for the whole adapter, for --adapter")
-    add("--export", help="new folder for the LoRA as PEFT's files")
-    add("--merge", help="new folder for a plain T5 with the LoRA merged")
+    add("--save", type=config.path, help="new folder for the whole adapter, for --adapter")
+    add("--export", type=config.path, help="new folder for the LoRA as PEFT's files")
+    add("--merge", type=config.path, help="new folder for a plain T5 with the LoRA merged")
     add("--lossy", default=False, **config.flag, help="also where fusion or embeddings are lost")
     add("--index", default=False, **config.flag, help="write what --compare reads to --checkpoint")
     return p
@@ -216,7 +222,7 @@ def index(tagi, checkpoint: str) -> None:
 @common.command
 def main(argv=None):
     o = get_options(argv)
-    tagi = TAGI.load(o.checkpoint or o.adapter or OWN, o.device, o.precision)
+    tagi = TAGI.load(o.checkpoint or o.adapter or OWN, o.device, o.precision, o.llm)
     torch.manual_seed(o.seed)                   # after the load, which makes weights
     if o.index:
         return index(tagi, o.checkpoint or OWN)

@@ -137,6 +137,15 @@ def is_texts(value) -> bool:
     return isinstance(value, list) and value != [] and all(isinstance(x, str) for x in value)
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises UserError for half a character (a lone surrogate): JSON may hold one, Unicode not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: sign {error.start + 1} is half a character "
+                        f"({text[error.start]!a}), which is no Unicode; mend the text") from None
+
+
 def make_folder(folder: str) -> None:
     with named_file(folder, "choose another folder", "written"):
         os.makedirs(folder, exist_ok=True)

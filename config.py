@@ -3,22 +3,54 @@ import argparse
 import difflib
 import math
 import os
+import re
+import shlex
 import sys
 
 import torch
 
 import common
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+DEFAULT_CONFIG = "configs/sample.yaml"
+PLACES = """
+Relative paths start at the current folder. Files of configs/ and assets/ that are not there are
+taken from beside the scripts; ~ is your home folder. A config's values go before the defaults that
+are told here, those of the command line before both; without --config that is the one of the
+built-in suite."""
+# Signs of help texts, as a terminal that has ASCII alone gets them.
+PLAIN = str.maketrans({"λ": "lambda", "·": "*", "–": "-", "…": "...", "→": "->"})
+
 # What a config file may hold beside options: one section for each stage, with its options.
 SECTIONS = ("base", "meta", "lora", "lora_all", "pretrain", "finetune", "evaluate")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Tells each option's default, unless its help does or there is none."""
+
+    def _get_help_string(self, action):                 # as argparse's own formatters do
+        text = (action.help or "").removesuffix(" (default: %(default)s)")      # of a flag
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or default == [] or "default:" in text:
+            return text
+        if isinstance(default, bool):
+            default = "yes" if default else "no"
+        return f"{text} (default: {default})".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
     where = ""                                  # the file whose values are parsed, for error lines
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+    def __init__(self, doc, epilog=PLACES):
+        super().__init__(description=doc, epilog=epilog, formatter_class=HelpFormatter,
                          allow_abbrev=False)
+
+    def print_help(self, file=None):
+        file = file or sys.stdout
+        text = self.format_help()
+        if not (file.encoding or "utf-8").lower().startswith("utf"):
+            text = text.translate(PLAIN)
+        file.write(text)
 
     def error(self, message):
         raise common.UserError(f"{self.where}{message} (--help lists the options)")
@@ -77,11 +109,44 @@ def numbers(text):
     return [float(number) for number in text.split(",")]
 
 
+def path(text):
+    """The type of an option: a file or folder, ~ in front for a home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    common.check_text(text, "a path")
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text[:60]} begins with no user's home; write ./~...")
+    return found
+
+
+def beside(text):
+    """The type of an option: a path; one of configs/ or assets/ is looked for here too."""
+    found = path(text)
+    first = os.path.normpath(found).split(os.sep)[0]
+    if first in ("configs", "assets") and not os.path.lexists(found):
+        ours = os.path.join(HERE, found)
+        return ours if os.path.exists(ours) else found
+    return found
+
+
+def plain_name(text):
+    """The type of an option: the name of a folder, and no path."""
+    if not re.fullmatch(r"\w[\w.+=-]*", text):
+        raise argparse.ArgumentTypeError(f"{text[:60]!a} is no plain name: letters, digits and "
+                                         "_.+=- after the first, and no path")
+    return text
+
+
 positive = at_least(1)
 flag = {"action": argparse.BooleanOptionalAction}                           # --x and --no-x
 
+# Options whose values are paths: written in two ways, one may be the same.
+PATHS = ("config", "runs", "data", "model", "llm", "meta_model", "text", "init_from", "kl_teacher",
+         "checkpoint", "out")
+
 # Options that every script has, but that a checkpoint decides for whoever uses it.
-OF_A_CHECKPOINT = ("llm", "targets", "rank", "alpha", "unit", "attention", "demos", "vary-demos",
+OF_A_CHECKPOINT = ("targets", "rank", "alpha", "unit", "attention", "demos", "vary-demos",
                    "max-instances", "max-instruction")
 
 
@@ -90,9 +155,9 @@ OF_A_CHECKPOINT = ("llm", "targets", "rank", "alpha", "unit", "attention", "demo
 def add_shared_options(parser: Parser) -> None:
     """The options of every script, which may stand at the top level of a config file."""
     add = parser.add_argument_group("run").add_argument
-    add("--config", default="configs/sample.yaml",
+    add("--config", type=beside, default=DEFAULT_CONFIG,
         help="YAML file of options; those of the command line go before it")
-    add("--runs", default="runs/sample", help="folder that holds one folder for each stage")
+    add("--runs", type=path, default="runs/sample", help="folder that holds one folder for each stage")
     add("--seed", type=at_least(0), default=0, help="everything random follows from it")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: the GPU where there is one")
@@ -102,7 +167,7 @@ def add_shared_options(parser: Parser) -> None:
         help="start over instead of resuming, or skipping what is done")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="data/sample",
+    add("--data", type=path, default="data/sample",
         help="folder in Super-NaturalInstructions' layout, or with P3's data")
     add("--format", default="sni", choices=["sni", "p3"],
         help="what --data holds, and how texts are written")
@@ -125,16 +190,16 @@ def add_shared_options(parser: Parser) -> None:
     add("--max-output", type=positive, default=128, help="tokens of an output, at most")
 
     add = parser.add_argument_group("models").add_argument
-    add("--model", default="tiny",
+    add("--model", type=beside, default="tiny",
         help="T5-family checkpoint (T5, ByT5, mT5, umT5, LongT5) by name or folder; tiny: a small "
              "one that stage base trains from nothing")
     add("--attention", default="sdpa", choices=["sdpa", "eager"],
         help="Transformers' attention code; eager is faster for short texts on a CPU, and LongT5 "
              "has no other")
-    add("--llm", default="meta",
+    add("--llm", type=beside, default="meta",
         help="the frozen LLM under teachers and student: base (--model itself), meta (what stage "
-             "meta made of it) or a checkpoint")
-    add("--meta-model",
+             "meta made of it) or a checkpoint; in an evaluation: where a moved TAGI's is now")
+    add("--meta-model", type=beside,
         help="checkpoint that is meta-trained already (a Tk-Instruct, say), in place of stage meta")
     add("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
     add("--rank", type=positive, default=32, help="LoRA rank r")
@@ -147,9 +212,10 @@ def add_training_options(parser: Parser, stages: list[str], steps: int, text_len
     """The options of both training scripts; steps and text_length are defaults."""
     add = parser.add_argument_group("stage").add_argument
     add("--stage", choices=stages, help="which stage to train")
-    add("--name", help="folder under --runs; default: the stage's name")
-    add("--text", help="plain text for base and pretrain: one document a line, or JSON lines with "
-                       "a text; default: corpus.txt in --data")
+    add("--name", type=plain_name, help="folder under --runs; default: the stage's name")
+    add("--text", type=path,
+        help="plain text for base and pretrain: one document a line, or JSON lines with a text; "
+             "default: corpus.txt in --data")
     add("--text-length", type=at_least(3), default=text_length,
         help="tokens of a document that are used at a time")
 
@@ -192,6 +258,8 @@ def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
     The file's values become words of a command line, and so pass the same types and choices.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        common.check_text(word, f"the command line's {ascii(word)[:40]}")
     early, rest = parser.parse_known_args(argv)     # --help, the line's own mistakes, which config
     if rest:
         name = rest[0].partition("=")[0].lstrip("-")
@@ -200,7 +268,7 @@ def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
     top = Parser("")
     add_shared_options(top)
     checkpoint = getattr(early, "checkpoint", None)
-    if checkpoint and early.config == parser.get_default("config"):
+    if checkpoint and early.config == beside(DEFAULT_CONFIG):
         config = recorded(checkpoint, top.known()) or config
     options = argparse.Namespace()
     shared = {key: value for key, value in config.items() if key not in SECTIONS}
@@ -218,18 +286,32 @@ def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
 
 
 def choose_device(options) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
+    options.device = device_of(options.device)
+
+
+def device_of(name: str | None) -> str:
+    """auto and None: the GPU where there is one. Raises UserError where --device cuda has none."""
+    if name in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if str(name).startswith("cuda") and not torch.cuda.is_available():
         raise common.UserError("--device cuda: PyTorch finds no GPU here; use --device cpu or auto")
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return str(name)
+
+
+def given(argv, names) -> list[str]:
+    """Those of these options that the command line sets."""
+    found = []
+    for word in sys.argv[1:] if argv is None else argv:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option[2:].removeprefix("no-") in names:
+            found.append(option)
+    return found
 
 
 def refuse(argv, names, reason: str) -> None:
     """Raises UserError where the command line sets one of these options, which it would ignore."""
-    for word in sys.argv[1:] if argv is None else argv:
-        option = word.partition("=")[0]
-        if option.startswith("--") and option[2:].removeprefix("no-") in names:
-            raise common.UserError(f"{option}: {reason}; leave it out")
+    for option in given(argv, names):
+        raise common.UserError(f"{option}: {reason}; leave it out")
 
 
 def read_config(path: str) -> dict:
@@ -251,7 +333,9 @@ def recorded(checkpoint: str, known: set) -> dict:
     for key, value in vars(common.load_options(checkpoint)).items():
         if key.replace("_", "-") in known - {"fresh", "device", "seed"}:
             own[key] = value
-    return own | {"runs": os.path.normpath(f"{checkpoint}/..")}     # where it is now, moved or not
+    # Where it is now, moved or not; a link is to a folder that has its neighbours.
+    runs, real = os.path.normpath(f"{checkpoint}/.."), os.path.dirname(os.path.realpath(checkpoint))
+    return own | {"runs": runs if os.path.realpath(runs) == real else real}
 
 
 def words_of(values: dict, allowed: set, where: str) -> list[str]:
@@ -270,6 +354,40 @@ def words_of(values: dict, allowed: set, where: str) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
+
+
+def same(key: str, a, b) -> bool:
+    """Whether an option's two values are the same, a path's in whatever way it is written."""
+    if key in PATHS and isinstance(a, str) and isinstance(b, str):
+        return a == b or os.path.realpath(beside(a)) == os.path.realpath(beside(b))
+    return a == b
+
+
+def folder_of(options, stage: str) -> str:
+    """Where a stage's run is. Raises UserError where --name is the folder of another stage."""
+    stages = {section.replace("_", "-") for section in SECTIONS} | {"probe"}
+    if options.name in stages - {stage}:
+        raise common.UserError(f"--name {options.name} is the folder of another stage; choose "
+                               "another name")
+    return os.path.join(options.runs, options.name or stage)
+
+
+def tell(options, parser: Parser, section: str | None = None) -> None:
+    """Print what a stage runs with: options that differ from the defaults, then the others."""
+    changed, usual = [], []
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        if value is None or action.dest in ("help", "stage"):
+            continue
+        word = f"--{action.dest.replace('_', '-')}"
+        if isinstance(value, bool):
+            word = word if value else word.replace("--", "--no-", 1)
+        else:
+            word += f" {shlex.quote(str(value))}"
+        is_default = same(action.dest, value, action.default)
+        (usual if is_default else changed).append(word)
+    print(f"options{f' of {section}' if section else ''}:", *changed)
+    print("as by default:", *usual)
 
 
 def closest(name: str, allowed, prefix: str = "") -> str:

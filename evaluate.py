@@ -48,7 +48,7 @@ def parser():
     add("--bench", choices=["sample", "sni", "p3"],
         help="sample (default): the built-in suite, exact match counts every sign; sni: scored as "
              "its official script does; p3: the likeliest answer choice is the answer")
-    add("--checkpoint",
+    add("--checkpoint", type=config.beside,
         help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs "
              "and the like; default: finetune under --runs")
     add("--split", default="test", help="test tasks, or validation to choose settings on")
@@ -59,10 +59,12 @@ def parser():
     add("--rows", help="make only these rows, with commas between: " + ", ".join(ROWS))
     add("--batch-size", type=config.positive,
         help="instances answered at a time; default: 250 for the built-in suite, else 20")
-    add("--out", help="folder for the results; default: evaluate under --runs, or probe")
+    add("--out", type=config.path,
+        help="folder for the results; default: evaluate under --runs, or probe")
     add = p.add_argument_group("predictions that are there").add_argument
-    add("--rescore", help="score a file of JSON lines with id and prediction; needs no model")
-    add("--references",
+    add("--rescore", type=config.path,
+        help="score a file of JSON lines with id and prediction; needs no model")
+    add("--references", type=config.path,
         help="for a --rescore file without references: JSON lines with id and references (the "
              "official test_references.jsonl)")
     add = p.add_argument_group("ablations").add_argument
@@ -71,8 +73,9 @@ def parser():
     add = p.add_argument_group("does the instruction matter?").add_argument
     add("--probe", default=False, **config.flag,
         help="score TAGI with the right instruction, a paraphrase and four wrong ones")
-    add("--paraphrases", help="for --probe: a JSON file of {task name: its paraphrase}; default: "
-                              "the built-in suite's, or a task's second definition")
+    add("--paraphrases", type=config.path,
+        help="for --probe: a JSON file of {task name: its paraphrase}; default: the built-in "
+             "suite's, or a task's second definition")
     return p
 
 
@@ -97,7 +100,11 @@ class Loaded:
     @functools.cached_property
     def tagi(self) -> TAGI:
         o = self.options
-        return TAGI.load(self.checkpoint, o.device, o.precision).requires_grad_(False)
+        llm = o.llm and t5.llm_path(o)          # None: where the checkpoint has it
+        tagi = TAGI.load(self.checkpoint, o.device, o.precision, llm).requires_grad_(False)
+        if llm and tagi.options.llm == "meta":
+            o.meta_model = llm
+        return tagi
 
     def llm(self, path):
         """Another LLM beside the frozen one, one at a time; None where it is the frozen one."""
@@ -177,7 +184,7 @@ class Loaded:
             found |= self.training_data(vars(trained))
         common.check_digests(found, self.checkpoint, vars(trained))
         names = data.names_and_definitions(self.tasks)
-        for model in (self.checkpoint, t5.llm_of(self.checkpoint, trained)):
+        for model in (self.checkpoint, self.tagi.llm_path):
             path = f"{model}/training_tasks.json"
             if o.split == "train" or not os.path.isfile(path):
                 continue
@@ -428,6 +435,8 @@ def main(argv=None):
         config.refuse(argv, probe.NOT_WITH, "--probe says by itself who answers what")
     if not options.rescore and not options.ablations:
         config.refuse(argv, config.OF_A_CHECKPOINT, "an evaluation takes it from the checkpoint")
+    if not config.given(argv, ["llm"]):
+        options.llm = None                      # the checkpoint's own
     if options.ablations:
         return report.tell_ablations(options.runs, options.split)
     if options.rescore:

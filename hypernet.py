@@ -14,6 +14,7 @@ the student's own works in hooks within `adapted()`. Outside, the same object is
     D  d_model                H  attention heads      M  target positions that count, or choices
 """
 import contextlib
+import os
 import threading
 
 import torch
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 import common
+import config
 import data
 import lora
 import t5
+from bench import texts
 from common import UserError
 from lora import Adapter
 
@@ -352,20 +355,16 @@ class TAGI(nn.Module):
         """One adapter for each of K instructions, with a list of (input, output) where given.
 
         Over the limit of max_instruction tokens an instruction loses demonstrations first and is
-        then cut, with a warning. Raises UserError for one text, and in a saved adapter's model.
+        then cut, with a warning. Raises UserError for what is none, and in a saved adapter's model.
         """
-        if isinstance(instructions, str) or any(text.isspace() for text in instructions):
-            raise UserError("adapt takes a list of instructions, not one text, nor white space")
         if getattr(self.options, "adapter", False):
             raise UserError("a saved adapter has no hypernetwork; load the checkpoint it is from")
-        demonstrations = demonstrations or [[]] * len(instructions)
-        items = list(zip(instructions, demonstrations, strict=True))
-        ids, mask = data.tokenize_instructed(self.tokenizer, items, self.options.max_instruction,
-                                             self.device, self.verbatim)            # (K, S)
+        items, limit = texts.tasks(instructions, demonstrations), self.options.max_instruction
+        ids, mask = data.tokenize_instructed(self.tokenizer, items, limit, self.device,
+                                             self.verbatim)                         # (K, S)
         adapter = self.generate_adapter(*self.encode_instruction(ids, mask), mask)
-        adapter.scale, adapter.model = scale, self
-        adapter.tasks = [{"instruction": text, "demonstrations": [list(pair) for pair in pairs]}
-                         for text, pairs in items]
+        adapter.scale, adapter.model = texts.scale(scale), self
+        adapter.tasks = texts.told(items)
         return adapter
 
     @torch.no_grad()
@@ -374,9 +373,10 @@ class TAGI(nn.Module):
         """Answers to the inputs. adapters: one row for all, or row n for input n; None: no adapter.
 
         options go to Transformers' `generate`. Raises UserError for an empty input or another
-        model's adapter, ValueError where the rows are neither one nor as many as the inputs.
+        model's adapter, and where its rows are neither one nor as many as the inputs.
         """
-        outputs = []
+        inputs, outputs = texts.inputs(inputs), []
+        texts.counts(batch_size=batch_size, num_beams=num_beams, max_new_tokens=max_new_tokens)
         for _, ids, mask, adapter in self._batches(inputs, adapters, batch_size):
             with self.adapted(adapter) as llm:              # an input's beams are a block of rows
                 encoded, mask = self.encode(ids, mask)
@@ -391,7 +391,9 @@ class TAGI(nn.Module):
                       batch_size: int = 128, normalize: bool = False,
                       max_new_tokens: int = 128) -> list[list[float]]:
         """Each input's answer choices' log-likelihoods (`t5.score_choices`), or those per token."""
-        scores = []
+        inputs, scores = texts.inputs(inputs), []
+        choices = texts.choices(choices, len(inputs))
+        texts.counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
         for rows, ids, mask, adapter in self._batches(inputs, adapters, batch_size):
             labels, owner = data.choice_labels(self.tokenizer, choices[rows], max_new_tokens,
                                                self.device)                 # (M, C), (M,)
@@ -405,21 +407,12 @@ class TAGI(nn.Module):
 
     def _batches(self, inputs, adapters, batch_size):
         # (slice of the inputs, ids, mask, the adapter's rows) for one batch after another
-        if adapters is not None:
-            adapters.check(self)
-        if isinstance(inputs, str):
-            raise UserError("a list of inputs is needed, not one text")
-        if adapters is not None and len(adapters) not in (1, len(inputs)):
-            raise ValueError(f"{len(adapters)} adapters for {len(inputs)} inputs; use "
-                             "adapters.select([...])")
-        for n, text in enumerate(inputs, 1):
-            if not text.strip():
-                raise UserError(f"input {n} is empty; give every instance some text")
+        texts.check_rows(adapters, self, len(inputs))
         one_for_all = adapters is None or len(adapters) == 1
         for start in range(0, len(inputs), batch_size):
             rows = slice(start, min(start + batch_size, len(inputs)))
-            texts = [data.instance_text(text, self.verbatim) for text in inputs[rows]]
-            ids, mask = data.tokenize(self.tokenizer, texts, self.options.max_input, self.device)
+            read = [data.instance_text(text, self.verbatim) for text in inputs[rows]]
+            ids, mask = data.tokenize(self.tokenizer, read, self.options.max_input, self.device)
             its = adapters if one_for_all else adapters.select(range(rows.start, rows.stop))
             yield rows, ids, mask, its
 
@@ -431,15 +424,22 @@ class TAGI(nn.Module):
         """Everything except the LLM, by name: what is trained and what a checkpoint holds."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("llm.")}
 
+    def __repr__(self):                         # in one line, where nn.Module tells all layers
+        o, llm = self.options, type(self.llm).__name__
+        return f"TAGI({llm}, generator {o.generator}, fusion {o.fusion}, rank {o.rank})"
+
     @classmethod
-    def load(cls, folder: str, device: str = "cpu", precision: str = "fp32") -> "TAGI":
+    def load(cls, folder: str, device: str | None = None, precision: str = "fp32",
+             llm: str | None = None) -> "TAGI":
         """A trained model from a checkpoint folder, with the frozen LLM that config.yaml names.
 
+        device: by default the GPU where there is one; llm: where the LLM is now, if not there.
         Raises UserError where a file is missing or is of another model, rank or set of layers.
         """
+        folder, device = os.path.expanduser(folder), config.device_of(device)
         folder = common.checkpoint_of(folder) or folder
         options = common.load_options(folder, needs="llm_path")
-        path = t5.llm_of(folder, options)
+        path = t5.llm_of(folder, options, llm)
         llm, tokenizer = t5.load_llm(path, device, precision, options.attention)
         common.check_fingerprint(t5.fingerprint(llm), options.llm_fingerprint, folder, path)
         tagi = cls(llm, tokenizer, options)

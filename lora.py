@@ -235,7 +235,7 @@ class Adapter:
 
     def __repr__(self):
         rank = next(iter(self.weights.values()))[0].shape[1] if self.weights else 0
-        return f"Adapter({len(self)} task{'s' * (len(self) > 1)}, rank {rank}, scale {self.scale:g})"
+        return f"Adapter({len(self)} task{'s' * (len(self) != 1)}, rank {rank}, scale {self.scale:g})"
 
     def select(self, index) -> "Adapter":
         """Rows for a mixed batch: row index[n] for instance n; a list or tensor of N integers."""
@@ -327,7 +327,7 @@ class Adapter:
         record["adapter_digest"] = digest_of(record, tensors)
         record["hypernetwork_digest"] = t5.hypernetwork_digest(model)
         if record["llm_is_relative"]:                   # so that both can be moved together
-            record["llm_path"] = os.path.relpath(model.llm_path, folder)
+            record["llm_path"] = t5.path_from(folder, model.llm_path)
         with common.new_folder(folder) as unfinished:
             common.save_checkpoint(unfinished, record, shared_of(model), finished=True)
             common.save_tensors(f"{unfinished}/adapter.safetensors", tensors)

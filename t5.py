@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import common
 from common import UserError, named_file
+from config import DEFAULT_CONFIG, beside
 
 # model_type in config.json; ByT5, Flan-T5, T0, Tk-Instruct and MADLAD-400 are "t5"
 FAMILY = ("t5", "mt5", "umt5", "longt5")
@@ -209,22 +210,40 @@ def finished_stage(stage: str, options, digests=None) -> str:
 
 def config_flag(options) -> str:
     """What a command that an error line tells the user to run needs beside its stage."""
-    words = "" if options.config == "configs/sample.yaml" else f" --config {options.config}"
+    usual = options.config == beside(DEFAULT_CONFIG)
+    words = "" if usual else f" --config {options.config}"
     config = common.read_yaml(options.config, "name an existing config with --config")
     if options.runs != config.get("runs", options.runs):
         words += f" --runs {options.runs}"
     return words
 
 
-def llm_of(folder: str, options) -> str:
-    """Where the frozen LLM of the TAGI in `folder` is. Raises UserError where that is gone."""
+def llm_of(folder: str, options, llm: str | None = None) -> str:
+    """Where the frozen LLM of the TAGI in `folder` is: in `llm`, where that is named.
+
+    Raises UserError where it is gone.
+    """
+    if llm is not None:
+        return os.path.expanduser(llm)
     if not options.llm_is_relative:
         return options.llm_path
+    # The folder may be a link: `..` is above what it stands for, or else above the link.
+    real = os.path.normpath(os.path.join(os.path.realpath(folder), options.llm_path))
     path = os.path.normpath(os.path.join(folder, options.llm_path))
+    if os.path.isdir(real) and os.path.realpath(path) != os.path.realpath(real):
+        path = real
     if not os.path.isdir(path):
-        raise UserError(f"{folder} is for the LLM in {path}, which is not there; put it back (or, "
-                        "for a saved adapter, name the checkpoint it is from with --checkpoint)")
+        raise UserError(f"{folder} is for the LLM that was in {real} (fingerprint "
+                        f"{options.llm_fingerprint}), which is not there; name it: --llm FOLDER")
     return path
+
+
+def path_from(folder: str, path: str) -> str:
+    """The LLM's path from a TAGI's real folder, so that both can be moved together."""
+    relative, real = os.path.relpath(path, folder), os.path.realpath(folder)
+    if os.path.realpath(os.path.join(real, relative)) == os.path.realpath(path):
+        return relative
+    return os.path.relpath(os.path.realpath(path), real)
 
 
 def tiny_t5(vocab_size: int, seed: int, d_model=64, layers=3, heads=4, d_ff=192):

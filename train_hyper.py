@@ -67,7 +67,7 @@ def parser():
     add("--alignment", default="factors", choices=["none", "factors", "product", "svd"],
         help="what L_ins compares: A with A and B with B, the products B·A, or (svd) A and B with "
              "those that an SVD makes of the teachers' products")
-    add("--kl-teacher", default="lora",
+    add("--kl-teacher", type=config.beside, default="lora",
         help="lora (Eq. 5), meta (stage meta), or a checkpoint with the same vocabulary")
     add("--teacher-demos", default=True, **config.flag,
         help="the teacher reads demonstrations too, where the student's instruction has them")
@@ -188,7 +188,7 @@ def make_student(options, run):
     is_local = os.path.isdir(path)
     run.found |= {
         "llm_is_relative": is_local,            # so that runs/ can be moved
-        "llm_path": os.path.relpath(path, run.folder) if is_local else path,
+        "llm_path": t5.path_from(run.folder, path) if is_local else path,
         "llm_fingerprint": t5.fingerprint(llm),
         "tokenizer_digest": t5.tokenizer_digest(tokenizer)}
     tagi = TAGI(llm, tokenizer, options)
@@ -429,7 +429,7 @@ def main(argv=None):
     common.wait_for_all_ranks()                 # rank 0 may be writing it
     is_text = options.stage == "pretrain"
     read = data.text_digest(options.text) if is_text else data.tasks_digest(options)
-    folder = os.path.join(options.runs, options.name or options.stage)
+    folder = config.folder_of(options, options.stage)
     run = Run(folder, options, rank, world, read)
     if not run.finished:
         train(options, run)

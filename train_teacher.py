@@ -43,8 +43,9 @@ def parser():
     add = p.add_argument_group("lora").add_argument
     add("--teachers-at-once", type=config.positive, default=16,
         help="LoRA teachers trained side by side in one batch")
-    add("--init-from", help="folder of a TAGI: each teacher starts from the LoRA weights (alone, "
-                            "without fusion) that it generates for the definition of its one task")
+    add("--init-from", type=config.beside,
+        help="folder of a TAGI: each teacher starts from the LoRA weights (alone, without fusion) "
+             "that it generates for the definition of its one task")
     add = p.add_argument_group("meta").add_argument
     add("--curriculum", default=False, **config.flag,
         help="for a T5 made from nothing: easy tasks first, demonstrations last")
@@ -429,7 +430,7 @@ def main(argv=None):
         common.wait_for_all_ranks()             # rank 0 may be writing, or saving the stage before
         # What it reads: base plain text, the others the training tasks.
         digests = data.text_digest(options.text) if stage == "base" else data.tasks_digest(options)
-        folder = os.path.join(options.runs, options.name or stage)
+        folder = config.folder_of(options, stage)
         # LoRA teachers are shared out among ranks; what else there is they train together.
         run = Run(folder, options, rank, world, digests,
                          ranks_share_a_batch=stage != "lora")

@@ -157,7 +157,8 @@ def add_shared_options(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--config", type=beside, default=DEFAULT_CONFIG,
         help="YAML file of options; those of the command line go before it")
-    add("--runs", type=path, default="runs/sample", help="folder that holds one folder for each stage")
+    add("--runs", type=path, default="runs/sample",
+        help="folder that holds one folder for each stage")
     add("--seed", type=at_least(0), default=0, help="everything random follows from it")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: the GPU where there is one")

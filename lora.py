@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import common
 import t5
 from bench import export
+from bench.listed import new_folder
 from common import UserError
 
 # Letters of the shapes in comments:

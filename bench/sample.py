@@ -11,6 +11,7 @@ validation or test task, so solving those means reading the definition. Files un
                                 tasks again, in sentence patterns that no training task uses
     corpus.txt                  one document a line
     tokenizer/                  one piece a word, punctuation apart; the same for every seed
+    files.sha256                their digests: only a folder that is as they say is replaced
 
 Most documents hold an event or a list, statements and questions about it with their answers, and
 often a gloss ("red twice is red red."); two in five put one question to two events or lists in
@@ -20,15 +21,18 @@ a bare word, is close to the tasks that ask for one word alone, held-out ones to
 that: only one question stands before a text, so no ordered pair of things in it is asked for, and
 glosses are about words drawn at random.
 """
-import argparse
+import functools
 import itertools
 import json
 import os
 import random
-import shutil
+import re
 from collections import Counter
 from pathlib import Path
 
+import common
+import config
+from bench import listed
 from bench.concepts import (
     ATTRIBUTES, EVENTS, FORMATS, JOINERS, LABELS, MAPS, OPERANDS, POSITIONS, SLOTS, SPECS, TABLES,
     Task, answer, draw_examples, make_record, put_in, value_of, write, write_tokenizer)
@@ -37,6 +41,9 @@ SUITE = "data/sample"  # the folder that the scripts fill with seed 0 where it i
 TRAIN_INSTANCES, EVAL_INSTANCES = 64, 25
 TRAIN_WORDINGS, EVAL_WORDINGS = 20, 10
 DOCUMENTS = 12000
+FILES = ("corpus.txt", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+         *(f"splits/default/{split}_tasks.txt" for split in (
+             "train", "validation", "test", "validation_unseen_wording", "test_unseen_wording")))
 
 # ------------------------------------------------------------------------------ definitions
 
@@ -340,35 +347,53 @@ def gloss(rng):
 # ------------------------------------------------------------------------------ the suite
 
 def write_suite(root, seed=0):
-    """Write the whole suite under the folder `root`, replacing what is there."""
+    """Write the whole suite as the folder `root`; one that is there is replaced if it is a suite.
+
+    Raises UserError, and leaves everything as it was, where anything else is in it, a task that was
+    changed, say, or it cannot be written.
+    """
     rng = random.Random(seed)
-    root = Path(os.path.normpath(root))
-    unfinished = root.with_name(root.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-
-    names = write_tasks(rng, unfinished)
-    write(unfinished / "corpus.txt", "".join(document(rng) + "\n" for _ in range(DOCUMENTS)))
-    pieces = write_tokenizer(unfinished / "tokenizer")
-
-    shutil.rmtree(root, ignore_errors=True)
-    os.replace(unfinished, root)
+    with listed.new_folder(listed.replaceable(root, is_own_name), replace=True) as folder:
+        new = Path(folder)
+        names = write_tasks(rng, new)
+        write(new / "corpus.txt", "".join(document(rng) + "\n" for _ in range(DOCUMENTS)))
+        pieces = write_tokenizer(new / "tokenizer")
+        listed.write_list(folder)
     counts = ", ".join(f"{len(listed)} {split}" for split, listed in names.items())
     print(f"{root}: {counts} tasks, {DOCUMENTS} documents, {pieces} pieces (seed {seed})")
 
 
+@functools.cache
+def names_of_tasks():
+    """All names that tasks can have, without their numbers."""
+    found = set()
+    for category in SPECS["categories"]:
+        for task in candidates(category):
+            found.add("_".join((task.source, *task.operands, task.form)))
+    return found
+
+
+def is_own_name(path):
+    """Whether a suite has a file of this name."""
+    match = re.fullmatch(r"tasks/task\d{4}_(.+?)(_reworded)?\.json", path)
+    return path in FILES or (match is not None and match[1] in names_of_tasks())
+
+
 def ensure_suite(root, rank=0):
     """Write the suite, on rank 0, where its default folder is asked for and not there."""
-    if rank == 0 and root == SUITE and not os.path.isdir(root):
+    if rank == 0 and os.path.normpath(root) == SUITE and not os.path.isdir(root):
         print("writing the built-in suite:", end=" ", flush=True)
         write_suite(root, seed=0)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Write the built-in suite.")
-    parser.add_argument("--out", default=SUITE, help="folder to write; replaced if it exists")
-    parser.add_argument("--seed", type=int, default=0,
+@common.command
+def main(argv=None):
+    parser = config.Parser("Write the built-in suite.", epilog=None)
+    parser.add_argument("--out", type=config.path, default=SUITE,
+                        help="folder to write; a suite that is there is replaced, nothing else")
+    parser.add_argument("--seed", type=config.at_least(0), default=0,
                         help="decides what is held out, the instances and the wordings")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     write_suite(args.out, args.seed)
 
 

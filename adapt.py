@@ -44,20 +44,25 @@ def parser():
     add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the frozen LLM")
     add = p.add_argument_group("instruction, inputs").add_argument
     add("--instruction", action="append", default=[],
-        help="what to do with each input, in words; several with --combine")
-    add("--demo", action="append", default=[], type=config.demonstration, metavar="'INPUT => OUTPUT'",
-        help="a demonstration beside the instruction; may be given several times")
+        help="what to do with each input, in words; several with --combine; default: you are asked")
+    add("--demo", action="append", default=[], type=config.demonstration,
+        metavar="'INPUT => OUTPUT'",
+        help="a demonstration beside the instruction; may be given several times; default: none")
     add("--scale", type=config.finite, default=1.0, help="of LoRA and the encoder's fusion")
     add("--combine", nargs="?", type=config.numbers, const=[], metavar="W1,W2",
-        help="one adapter for several --instruction: their sum with these weights, or their mean")
-    add("--input", action="append", default=[], help="a text to answer; may be given several times")
+        help="one adapter for several --instruction: their sum with these weights, or, without "
+             "any, their mean; default: only one instruction is taken")
+    add("--input", action="append", default=[],
+        help="a text to answer; may be given several times; default: you are asked")
     add("--inputs", type=config.path,
-        help="file with an input a line; -: standard input, answered line by line")
+        help="file with an input a line; -: standard input, answered line by line; default: none")
     add("--instructions", type=config.path,
-        help="file of JSON lines: instruction, input, [demonstrations]")
-    add("--batch-size", type=config.positive, help="inputs answered at a time; default: 32")
+        help="file of JSON lines: instruction, input, [demonstrations]; default: none")
+    add("--batch-size", type=config.positive, 
+        help="inputs answered at a time; default: 32, and 1 for --inputs -")
     add = p.add_argument_group("answers, files").add_argument
-    add("--choices", help="answers to choose from, with | between them")
+    add("--choices",
+        help="answers to choose from, with | between them; default: the answer is generated")
     add("--beams", type=config.positive, default=1, help="beam search with so many beams")
     add("--sample", default=False, **config.flag, help="draw the answer, instead of the likeliest")
     add("--seed", type=config.at_least(0), default=0, help="of --sample")
@@ -65,9 +70,12 @@ def parser():
     add("--json", default=False, **config.flag, help="print a JSON object for each answer")
     add("--compare", default=False, **config.flag,
         help="the frozen LLM's answers too, times, and how near the instruction is to training's")
-    add("--save", type=config.path, help="new folder for the whole adapter, for --adapter")
-    add("--export", type=config.path, help="new folder for the LoRA as PEFT's files")
-    add("--merge", type=config.path, help="new folder for a plain T5 with the LoRA merged")
+    add("--save", type=config.path,
+        help="new folder for the whole adapter, for --adapter; default: not saved")
+    add("--export", type=config.path,
+        help="new folder for the LoRA as PEFT's files; default: not exported")
+    add("--merge", type=config.path,
+        help="new folder for a plain T5 with the LoRA merged; default: not merged")
     add("--lossy", default=False, **config.flag, help="also where fusion or embeddings are lost")
     add("--index", default=False, **config.flag, help="write what --compare reads to --checkpoint")
     return p

@@ -15,11 +15,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_CONFIG = "configs/sample.yaml"
 PLACES = """
 Relative paths start at the current folder. Files of configs/ and assets/ that are not there are
-taken from beside the scripts; ~ is your home folder. A config's values go before the defaults that
-are told here, those of the command line before both; without --config that is the one of the
-built-in suite."""
+taken from beside the scripts; ~ is your home folder."""
+ORDER = """
+A config's values go before the defaults told here, the command line's before both; without --config
+it is configs/sample.yaml, the built-in suite's."""
 # Signs of help texts, as a terminal that has ASCII alone gets them.
-PLAIN = str.maketrans({"λ": "lambda", "·": "*", "–": "-", "…": "...", "→": "->"})
+PLAIN = str.maketrans({"λ": "lambda", "Δ": "Delta", "·": "*", "–": "-", "…": "...", "→": "->"})
 
 # What a config file may hold beside options: one section for each stage, with its options.
 SECTIONS = ("base", "meta", "lora", "lora_all", "pretrain", "finetune", "evaluate")
@@ -45,11 +46,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, epilog=epilog, formatter_class=HelpFormatter,
                          allow_abbrev=False)
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for n, word in enumerate(args, 1):
+            common.check_text(word, f"word {n} of the command line")
+        return super().parse_known_args(args, namespace)
+
     def print_help(self, file=None):
         file = file or sys.stdout
         text = self.format_help()
         if not (file.encoding or "utf-8").lower().startswith("utf"):
-            text = text.translate(PLAIN)
+            text = text.translate(PLAIN).encode("ascii", "replace").decode()
         file.write(text)
 
     def error(self, message):
@@ -113,7 +120,6 @@ def path(text):
     """The type of an option: a file or folder, ~ in front for a home folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or folder")
-    common.check_text(text, "a path")
     found = os.path.expanduser(text)
     if found.startswith("~"):
         raise argparse.ArgumentTypeError(f"{text[:60]} begins with no user's home; write ./~...")
@@ -154,6 +160,7 @@ OF_A_CHECKPOINT = ("targets", "rank", "alpha", "unit", "attention", "demos", "va
 
 def add_shared_options(parser: Parser) -> None:
     """The options of every script, which may stand at the top level of a config file."""
+    parser.epilog = PLACES + ORDER
     add = parser.add_argument_group("run").add_argument
     add("--config", type=beside, default=DEFAULT_CONFIG,
         help="YAML file of options; those of the command line go before it")
@@ -201,7 +208,8 @@ def add_shared_options(parser: Parser) -> None:
         help="the frozen LLM under teachers and student: base (--model itself), meta (what stage "
              "meta made of it) or a checkpoint; in an evaluation: where a moved TAGI's is now")
     add("--meta-model", type=beside,
-        help="checkpoint that is meta-trained already (a Tk-Instruct, say), in place of stage meta")
+        help="checkpoint that is meta-trained already (a Tk-Instruct, say), in place of stage "
+             "meta; default: what that stage made")
     add("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
     add("--rank", type=positive, default=32, help="LoRA rank r")
     add("--alpha", type=finite, default=32.0, help="LoRA alpha; updates are scaled by alpha / r")
@@ -212,7 +220,9 @@ def add_shared_options(parser: Parser) -> None:
 def add_training_options(parser: Parser, stages: list[str], steps: int, text_length: int) -> None:
     """The options of both training scripts; steps and text_length are defaults."""
     add = parser.add_argument_group("stage").add_argument
-    add("--stage", choices=stages, help="which stage to train")
+    add("--stage", choices=stages,
+        help="which stage to train; default: in train_teacher.py those that the config has a "
+             "section for, in order; train_hyper.py needs one")
     add("--name", type=plain_name, help="folder under --runs; default: the stage's name")
     add("--text", type=path,
         help="plain text for base and pretrain: one document a line, or JSON lines with a text; "
@@ -259,8 +269,6 @@ def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
     The file's values become words of a command line, and so pass the same types and choices.
     """
     argv = sys.argv[1:] if argv is None else argv
-    for word in argv:
-        common.check_text(word, f"the command line's {ascii(word)[:40]}")
     early, rest = parser.parse_known_args(argv)     # --help, the line's own mistakes, which config
     if rest:
         name = rest[0].partition("=")[0].lstrip("-")

@@ -56,17 +56,18 @@ def parser():
         help="answer the first N instances of each task; default: 100, for p3 all")
     add("--normalize", default=False, **config.flag,
         help="p3: compare choices by their log-likelihood per token, not by its sum")
-    add("--rows", help="make only these rows, with commas between: " + ", ".join(ROWS))
+    add("--rows", help="make only these rows, with commas between; default: all, which are "
+                       + ", ".join(ROWS))
     add("--batch-size", type=config.positive,
         help="instances answered at a time; default: 250 for the built-in suite, else 20")
     add("--out", type=config.path,
         help="folder for the results; default: evaluate under --runs, or probe")
     add = p.add_argument_group("predictions that are there").add_argument
     add("--rescore", type=config.path,
-        help="score a file of JSON lines with id and prediction; needs no model")
+        help="score a file of JSON lines with id and prediction; needs no model; default: none")
     add("--references", type=config.path,
         help="for a --rescore file without references: JSON lines with id and references (the "
-             "official test_references.jsonl)")
+             "official test_references.jsonl); default: those in that file")
     add = p.add_argument_group("ablations").add_argument
     add("--ablations", default=False, **config.flag,
         help="print the table of the runs that bench/ablations.sh left under --runs")

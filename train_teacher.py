@@ -45,7 +45,7 @@ def parser():
         help="LoRA teachers trained side by side in one batch")
     add("--init-from", type=config.beside,
         help="folder of a TAGI: each teacher starts from the LoRA weights (alone, without fusion) "
-             "that it generates for the definition of its one task")
+             "that it generates for the definition of its one task; default: from random ones")
     add = p.add_argument_group("meta").add_argument
     add("--curriculum", default=False, **config.flag,
         help="for a T5 made from nothing: easy tasks first, demonstrations last")

@@ -32,10 +32,10 @@ from pathlib import Path
 
 import common
 import config
-from bench import listed
 from bench.concepts import (
     ATTRIBUTES, EVENTS, FORMATS, JOINERS, LABELS, MAPS, OPERANDS, POSITIONS, SLOTS, SPECS, TABLES,
     Task, answer, draw_examples, make_record, put_in, value_of, write, write_tokenizer)
+from bench.listed import new_folder, replaceable, write_list
 
 SUITE = "data/sample"  # the folder that the scripts fill with seed 0 where it is missing
 TRAIN_INSTANCES, EVAL_INSTANCES = 64, 25
@@ -353,12 +353,12 @@ def write_suite(root, seed=0):
     changed, say, or it cannot be written.
     """
     rng = random.Random(seed)
-    with listed.new_folder(listed.replaceable(root, is_own_name), replace=True) as folder:
+    with new_folder(replaceable(root, is_own_name), replace=True) as folder:
         new = Path(folder)
         names = write_tasks(rng, new)
         write(new / "corpus.txt", "".join(document(rng) + "\n" for _ in range(DOCUMENTS)))
         pieces = write_tokenizer(new / "tokenizer")
-        listed.write_list(folder)
+        write_list(folder)
     counts = ", ".join(f"{len(listed)} {split}" for split, listed in names.items())
     print(f"{root}: {counts} tasks, {DOCUMENTS} documents, {pieces} pieces (seed {seed})")
 

@@ -3,6 +3,7 @@
     python assets/draw_results.py runs/sample/evaluate/results.json assets/results.svg
 """
 import json
+import os
 import sys
 
 ROWS = {                                        # key in results.json -> what the picture calls it
@@ -54,5 +55,9 @@ if __name__ == "__main__":
         sys.exit("error: python assets/draw_results.py RESULTS.json PICTURE.svg")
     with open(sys.argv[1], encoding="utf-8") as f:
         picture = draw(json.load(f)["results"])
+    if os.path.exists(sys.argv[2]):
+        with open(sys.argv[2], "rb") as f:
+            if f.read(4) not in (b"<svg", b""):
+                sys.exit(f"error: {sys.argv[2]} is no picture of this script's, and stays; name another")
     with open(sys.argv[2], "w", encoding="utf-8") as f:
         f.write(picture)

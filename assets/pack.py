@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "log.jsonl",
         "training_tasks.json")
+OURS = {*KEPT, "model.safetensors", "config.yaml", "instructions.safetensors"}
 
 
 def score_of(path) -> str:
@@ -33,7 +34,13 @@ def score_of(path) -> str:
 
 
 def pack(source, target, results=None):
-    """Copy the checkpoint in the folder `source` to `target`; a TAGI's path to its LLM then starts there."""
+    """Copy the checkpoint in the folder `source` to `target`; a TAGI's path to its LLM then starts there.
+
+    Ends the script where the target holds anything but a checkpoint that was packed before.
+    """
+    there = set(os.listdir(target)) if os.path.isdir(target) else set()
+    if there - OURS or (there and "config.yaml" not in there):
+        sys.exit(f"error: {target} holds other files than a packed checkpoint's; name a new folder")
     os.makedirs(target, exist_ok=True)
     for name in KEPT:
         if os.path.isfile(f"{source}/{name}"):
@@ -45,7 +52,8 @@ def pack(source, target, results=None):
     with open(f"{source}/config.yaml", encoding="utf-8") as f:
         record = yaml.safe_load(f)
     if record.get("llm_is_relative"):
-        record["llm_path"] = os.path.relpath(os.path.join(source, record["llm_path"]), target)
+        llm = os.path.join(os.path.realpath(source), record["llm_path"])
+        record["llm_path"] = os.path.relpath(os.path.realpath(llm), os.path.realpath(target))
     if results:
         record["score"] = score_of(results)         # for the cards of exported adapters
     with open(f"{target}/config.yaml", "w", encoding="utf-8") as f:

@@ -79,10 +79,11 @@ def digests(folder: str) -> dict:
     return found
 
 
-def replaceable(folder: str, is_own_name) -> str:
+def replaceable(folder: str, is_own_name=None) -> str:
     """The real folder of this name, which may be replaced: it is not there, empty, or unchanged.
 
-    is_own_name: of a path in it, for folders from before there was a LIST. Raises UserError.
+    is_own_name: whether a path in it is ours, for folders from before there was a LIST. Raises
+    UserError for any other folder.
     """
     if not str(folder).strip():
         raise UserError("the folder to write has no name; name one, or leave the option out")
@@ -96,7 +97,10 @@ def replaceable(folder: str, is_own_name) -> str:
         found = digests(real)
         known = found.pop(LIST, None)
         if known is None:
-            others = [name for name in found if len(found[name]) < 64 or not is_own_name(name)]
+            others = []
+            for name, digest in found.items():
+                if is_own_name is None or not is_own_name(name) or len(digest) < 64:
+                    others.append(name)
         else:
             lines = Path(real, LIST).read_text(encoding="utf-8").splitlines()
             written = {line[66:]: line[:64] for line in lines}

@@ -15,7 +15,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import torch
 
+import common
 import data
+from bench.listed import new_folder, replaceable, write_list
 
 SIZES = {  # d_model, d_ff, layers, heads, d_kv, vocabulary
     "tiny": (64, 128, 2, 4, 16, 593),          # small enough for tests
@@ -59,6 +61,7 @@ def train_tokenizer(texts: list[str], pieces: int):
     return T5Tokenizer(vocab=vocab, extra_ids=EXTRA_IDS)
 
 
+@common.command
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder")
@@ -66,15 +69,18 @@ def main():
     p.add_argument("--data", required=True, help="a folder in Super-NaturalInstructions' layout, or with P3's data")
     p.add_argument("--format", default="sni", choices=["sni", "p3"])
     args = p.parse_args()
+    folder = replaceable(args.folder)
     tasks = data.load_sni(args.data, "train", 20) if args.format == "sni" else data.load_p3(args.data, "train", 20)
     texts = [" ".join(text.split()) for t in tasks for text in (t.definitions[0], *(x.input for x in t.instances))]
     random.Random(0).shuffle(texts)
     tokenizer = train_tokenizer([text[:500] for text in texts], SIZES[args.size][-1])
-    tokenizer.save_pretrained(args.folder)
     llm = random_t5(args.size)
-    llm.save_pretrained(args.folder)
-    with open(os.path.join(args.folder, "text.txt"), "w", encoding="utf-8") as f:
-        f.writelines(text + "\n" for text in texts[:5000])
+    with new_folder(folder, replace=True) as unfinished:
+        for part in (tokenizer, llm):
+            part.save_pretrained(unfinished)
+        with open(os.path.join(unfinished, "text.txt"), "w", encoding="utf-8") as f:
+            f.writelines(text + "\n" for text in texts[:5000])
+        write_list(unfinished)
     print(f"{args.folder}: {llm.num_parameters():,} parameters, {len(tokenizer)} pieces")
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import curves
-from pages import ROOT, command_line, paragraph, processor, table
+from pages import ROOT, check_replaceable, command_line, paragraph, processor, table, write
 
 sys.path.insert(0, str(ROOT))
 import common
@@ -33,6 +33,7 @@ from bench import concepts, sample
 from bench.teachers import load_teachers
 from hypernet import TAGI
 
+TITLE = "# A generated LoRA, trained further"
 SHOTS = (1, 4, 16, 64)                          # training examples of a task
 STEPS = (0, 1, 3, 10, 30, 100)                  # after which a LoRA is scored
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)          # learning rates to choose from
@@ -361,7 +362,7 @@ def rates_table(kept) -> str:
 def page(kept: dict, svg: str) -> str:
     """docs/few-shot.md; svg: the picture's name."""
     n = TASKS["test"]
-    parts = ["# A generated LoRA, trained further", paragraph(
+    parts = [TITLE, paragraph(
         f"A task's LoRA is trained on 1, 4, 16 or 64 of its examples: AdamW, steps of {BATCH}",
         "examples (of 1 where there is one), a constant learning rate. What does it help to start",
         f"from the LoRA that TAGI generates? There are {n} test tasks of the built-in suite, of as",
@@ -414,6 +415,9 @@ def main():
     torch.set_num_threads(1)
     os.chdir(ROOT)
     path, out = Path(args.kept), Path(args.out)
+    check_replaceable(out, TITLE)
+    check_replaceable(out.with_suffix(".svg"), "<svg")
+    check_replaceable(path, '{"settings": ')
     settings = repr((SHOTS, STEPS, CHOSEN_ON, DRAWS, BATCH, TASKS, LAST_STEP))
     kept = json.loads(path.read_text()) if path.is_file() else {}
     if kept.get("settings") != settings:
@@ -424,8 +428,8 @@ def main():
         os.replace(path.with_suffix(".tmp"), path)
 
     measure(args.runs, kept, keep)
-    out.with_suffix(".svg").write_text(picture(kept), encoding="utf-8")
-    out.write_text(page(kept, out.with_suffix(".svg").name), encoding="utf-8")
+    write(out.with_suffix(".svg"), picture(kept))
+    write(out, page(kept, out.with_suffix(".svg").name))
 
 
 if __name__ == "__main__":

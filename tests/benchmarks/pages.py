@@ -45,6 +45,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def write(path, text: str) -> None:
+    """Write a page or picture; what is there is replaced only if it begins as those do."""
+    check_replaceable(path, "<svg" if text.startswith("<svg") else text.partition("\n")[0])
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def check_replaceable(path, beginning: str) -> None:
+    """Ends the script, before it measures for hours, too, where another file is at this path."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        sys.exit(f"error: {path} cannot be written; name a file in a folder that is there")
+    if path.is_file():
+        there = path.read_bytes()[:len(beginning.encode())]
+        if there and there != beginning.encode():
+            sys.exit(f"error: {path} was not written by this script, and stays; name another --out")
+
+
 def part(name: str, text: str) -> str:
     """The text between two comments by which a script finds it again."""
     return f"<!-- {name} -->\n{text}<!-- /{name} -->\n"

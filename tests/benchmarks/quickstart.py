@@ -29,9 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_hyper
 import train_teacher
 from bench.runs import Log
-from pages import command_line, paragraph, processor, table
+from pages import check_replaceable, command_line, paragraph, processor, table, write
 from steady import AVX2
 
+TITLE = "# Where the quick start's time goes"
 STAGES = {"lora": train_teacher, "lora-all": train_teacher,
           "pretrain": train_hyper, "finetune": train_hyper}
 WARM_UP, TIMED = 4, 12                          # steps
@@ -102,6 +103,8 @@ def main():
     parser.add_argument("--out",
                         help="default: docs/quickstart.md, with --avx2 docs/quickstart-avx2.md")
     args = parser.parse_args()
+    if args.out:
+        check_replaceable(args.out, TITLE)
     environment = AVX2 if args.avx2 else {}
     if any(os.environ.get(key) != value for key, value in environment.items()):
         # PyTorch reads them when it starts: start anew.
@@ -124,10 +127,10 @@ def main():
     between = paragraph(
         f"One core computes a float32 product of two 1024 x 1024 matrices at {peak / 1e9:.0f}",
         "GFLOP/s. Training steps of one process with one thread:")
-    text = "\n\n".join(["# Where the quick start's time goes", head + ".", table(rows), between,
+    text = "\n\n".join([TITLE, head + ".", table(rows), between,
                         table(speeds)]) + "\n"
     name = "quickstart-avx2.md" if args.avx2 else "quickstart.md"
-    Path(args.out or f"docs/{name}").write_text(text, encoding="utf-8")
+    write(args.out or f"docs/{name}", text)
     print(text)
 
 

@@ -26,7 +26,7 @@ import transformers
 import decoding
 import scoring
 import training
-from pages import command_line, paragraph, part, part_of, processor
+from pages import check_replaceable, command_line, paragraph, part, part_of, processor, write
 from side_by_side import SHAPES, Section
 
 BENCHMARKS = {  # name -> (heading, function)
@@ -85,7 +85,7 @@ def write_page(path: Path, size: str, text: str) -> None:
     for name in SHAPES:
         parts[name] = text if name == size else part_of(page, name)
     texts = [part(name, its_text) for name, its_text in parts.items() if its_text is not None]
-    path.write_text("\n".join([PAGE, *texts]), encoding="utf-8")
+    write(path, "\n".join([PAGE, *texts]))
 
 
 def main():
@@ -103,6 +103,8 @@ def main():
     p.add_argument("--rounds", type=int, default=9, help="at most; slow benchmarks have fewer")
     p.add_argument("--out", help="default: docs/speed.md; with --only nothing is written")
     args = p.parse_args()
+    if args.out:
+        check_replaceable(args.out, PAGE.splitlines()[0])
     warnings.simplefilter("ignore")
     if args.size == "tiny":
         # As quickstart.sh trains it. Two threads that wait for each other gain little on a small

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pages import ROOT, command_line, paragraph, processor, table
+from pages import ROOT, check_replaceable, command_line, paragraph, processor, table, write
 
 sys.path.insert(0, str(ROOT))
 from bench import report
 
+TITLE = "# The same on any machine?"
 PYTHON = sys.executable
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -113,7 +114,7 @@ def page(runs: dict) -> str:
         f"at most {high[0] - low[0]:.1f} / {high[1] - low[1]:.1f} points, two of the same seed by",
         f"at most {same_seed[0]:.1f} / {same_seed[1]:.1f}. Its smallest share of the baseline's",
         f"score is {least[0]:.1f} % / {least[1]:.1f} %.")
-    return "\n\n".join(["# The same on any machine?", head, table(rows), foot]) + "\n"
+    return "\n\n".join([TITLE, head, table(rows), foot]) + "\n"
 
 
 def main():
@@ -128,6 +129,7 @@ def main():
     add("--runs", default="runs/steady", help="folder of the runs")
     add("--out", default="docs/steady.md")
     args = parser.parse_args()
+    check_replaceable(ROOT / args.out, TITLE)
 
     def record_of(case):
         arithmetic, seed = case
@@ -154,7 +156,7 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = dict(zip(cases, pool.map(run, cases)))
     text = page(runs)
-    (ROOT / args.out).write_text(text, encoding="utf-8")
+    write(ROOT / args.out, text)
     print(text)
 
 

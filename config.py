@@ -131,7 +131,7 @@ def beside(text):
     found = path(text)
     first = os.path.normpath(found).split(os.sep)[0]
     if first in ("configs", "assets") and not os.path.lexists(found):
-        ours = os.path.join(HERE, found)
+        ours = os.path.join(HERE, os.path.normpath(found))
         return ours if os.path.exists(ours) else found
     return found
 

@@ -358,35 +358,6 @@ def check_finite(tensors: dict, problem: str) -> None:
                             "an earlier checkpoint, or train it again")
 
 
-UNFINISHED = ".unfinished-"     # how the name of a folder begins that is being written
-
-
-@contextlib.contextmanager
-def new_folder(folder: str, remedy: str = "choose another folder"):
-    """Within: a folder beside it, which in the end becomes `folder`, whole; after an error it goes.
-
-    All of it is on the disk before it gets its name. Raises UserError where something is there
-    already, and where it cannot be written.
-    """
-    if os.path.lexists(folder):
-        raise UserError(f"{folder} is there already; choose another folder")
-    above = os.path.dirname(os.path.abspath(folder))
-    try:
-        os.makedirs(above, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=above, prefix=UNFINISHED) as unfinished:
-            os.mkdir(f"{unfinished}/whole")
-            yield f"{unfinished}/whole"
-            for part, _, files in os.walk(f"{unfinished}/whole", topdown=False):
-                for name in files:
-                    flush(os.path.join(part, name))
-                flush(part)
-            os.rename(f"{unfinished}/whole", folder)
-        flush(above)
-    except (OSError, SafetensorError, RuntimeError) as error:      # PyTorch's for a full disk
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{folder} cannot be written: {reason}; {remedy}") from None
-
-
 def flush(path: str) -> None:
     """Wait until this file, or the names in this folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -365,11 +365,14 @@ def words_of(values: dict, allowed: set, where: str) -> list[str]:
     return words
 
 
-def same(key: str, a, b) -> bool:
-    """Whether an option's two values are the same, a path's in whatever way it is written."""
-    if key in PATHS and isinstance(a, str) and isinstance(b, str):
-        return a == b or os.path.realpath(beside(a)) == os.path.realpath(beside(b))
-    return a == b
+def same(key: str, old, new, cwd: str = "") -> bool:
+    """Whether an option's two values are the same, a path's in whatever way it is written.
+
+    cwd: the folder where `old` was written, if not here.
+    """
+    if old == new or key not in PATHS or not (isinstance(old, str) and isinstance(new, str)):
+        return old == new
+    return os.path.realpath(os.path.join(cwd, beside(old))) == os.path.realpath(beside(new))
 
 
 def folder_of(options, stage: str) -> str:

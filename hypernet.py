@@ -14,7 +14,6 @@ the student's own works in hooks within `adapted()`. Outside, the same object is
     D  d_model                H  attention heads      M  target positions that count, or choices
 """
 import contextlib
-import os
 import threading
 
 import torch
@@ -436,9 +435,8 @@ class TAGI(nn.Module):
         device: by default the GPU where there is one; llm: where the LLM is now, if not there.
         Raises UserError where a file is missing or is of another model, rank or set of layers.
         """
-        folder, device = os.path.expanduser(folder), config.device_of(device)
-        folder = common.checkpoint_of(folder) or folder
-        options = common.load_options(folder, needs="llm_path")
+        folder = t5.checkpoint_at(folder)
+        options, device = common.load_options(folder, needs="llm_path"), config.device_of(device)
         path = t5.llm_of(folder, options, llm)
         llm, tokenizer = t5.load_llm(path, device, precision, options.attention)
         common.check_fingerprint(t5.fingerprint(llm), options.llm_fingerprint, folder, path)

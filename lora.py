@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import common
 import t5
 from bench import export
-from bench.listed import new_folder
+from bench.folders import new_folder
 from common import UserError
 
 # Letters of the shapes in comments:
@@ -329,7 +329,7 @@ class Adapter:
         record["hypernetwork_digest"] = t5.hypernetwork_digest(model)
         if record["llm_is_relative"]:                   # so that both can be moved together
             record["llm_path"] = t5.path_from(folder, model.llm_path)
-        with common.new_folder(folder) as unfinished:
+        with new_folder(folder) as unfinished:
             common.save_checkpoint(unfinished, record, shared_of(model), finished=True)
             common.save_tensors(f"{unfinished}/adapter.safetensors", tensors)
 
@@ -374,7 +374,7 @@ class Adapter:
         options, (task,) = model.options, self.tasks
         r = next(iter(self.weights.values()))[0].shape[1]       # a combination's is larger
         alpha = options.alpha / options.rank * r * self.scale
-        with common.new_folder(folder) as unfinished:
+        with new_folder(folder) as unfinished:
             export.write_peft(unfinished, model.llm_path, select(self.weights, 0), alpha,
                           options.targets.split(","), export.scaled_norms(model.llm, model.norm_gains))
             text = export.card(task, model, f"{r}, {alpha:g}, {self.scale:g}",
@@ -385,7 +385,7 @@ class Adapter:
         """Write the frozen LLM, this LoRA, gains and embeddings as a plain T5; raises as `export`."""
         model, _ = self._for_others(lossy, ["fusion"])          # embeddings are not lost here
         # The frozen LLM holds the adapter only while it is written.
-        with common.new_folder(folder) as unfinished:
+        with new_folder(folder) as unfinished:
             model.merge(self)
             try:
                 export.write_merged(unfinished, model.llm, model.tokenizer, model.norm_gains,

@@ -238,6 +238,12 @@ def llm_of(folder: str, options, llm: str | None = None) -> str:
     return path
 
 
+def checkpoint_at(folder: str) -> str:
+    """Where in a stage's folder the newest checkpoint is; the folder itself where none is."""
+    folder = os.path.expanduser(folder)
+    return common.checkpoint_of(folder) or folder
+
+
 def path_from(folder: str, path: str) -> str:
     """The LLM's path from a TAGI's real folder, so that both can be moved together."""
     relative, real = os.path.relpath(path, folder), os.path.realpath(folder)

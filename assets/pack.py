@@ -54,6 +54,7 @@ def pack(source, target, results=None):
     if record.get("llm_is_relative"):
         llm = os.path.join(os.path.realpath(source), record["llm_path"])
         record["llm_path"] = os.path.relpath(os.path.realpath(llm), os.path.realpath(target))
+    record.pop("cwd", None)                         # whose machine it was is of no use
     if results:
         record["score"] = score_of(results)         # for the cards of exported adapters
     with open(f"{target}/config.yaml", "w", encoding="utf-8") as f:

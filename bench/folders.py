@@ -1,11 +1,75 @@
 """Checkpoints in a run's folder, and which files there are ours: no others are removed."""
+import contextlib
 import glob
 import os
 import re
 import shutil
+import tempfile
+
+from safetensors import SafetensorError
 
 import common
 from common import UserError
+
+# ------------------------------------------------------------------------------- written as a whole
+
+UNFINISHED = ".unfinished-"     # how the name of a folder begins that is being written
+
+
+@contextlib.contextmanager
+def new_folder(folder: str, remedy: str = "choose another folder", replace: bool = False):
+    """Within: a folder beside it, which in the end becomes `folder`, whole; after an error it goes.
+
+    All of it is on the disk before it gets its name. replace: an old one makes room for it then; it
+    can be made again, so nothing waits for the disk. Raises UserError where something else is there
+    already, and where it cannot be written.
+    """
+    told, folder = folder, os.path.abspath(os.path.expanduser(folder))
+    if os.path.lexists(folder) and not replace:
+        raise UserError(f"{told} is there already; choose another folder")
+    above = os.path.dirname(folder)
+    made = missing(above)
+    try:
+        os.makedirs(above, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=above, prefix=UNFINISHED) as unfinished:
+            new, old = f"{unfinished}/whole", f"{unfinished}/old"
+            os.mkdir(new)
+            yield new
+            if replace and os.path.isdir(folder):
+                os.rename(folder, old)
+            elif not replace:
+                flush_all(new)
+            try:
+                os.rename(new, folder)
+            except OSError:
+                if os.path.isdir(old):
+                    os.rename(old, folder)
+                raise
+        common.flush(above)
+    except (OSError, SafetensorError, RuntimeError) as error:      # PyTorch's for a full disk
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{told} cannot be written: {reason}; {remedy}") from None
+    finally:
+        for parent in made:                             # those that are still empty
+            with contextlib.suppress(OSError):
+                os.rmdir(parent)
+
+
+def missing(folder: str) -> list[str]:
+    """This folder and those above it that are not there, from the lowest up."""
+    found = []
+    while not os.path.lexists(folder):
+        found.append(folder)
+        folder = os.path.dirname(folder)
+    return found
+
+
+def flush_all(folder: str) -> None:
+    for part, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            common.flush(os.path.join(part, name))
+        common.flush(part)
+
 
 # ------------------------------------------------------------------------------------- checkpoints
 
@@ -19,7 +83,7 @@ def save_step(folder: str, step: int, finished: bool, write) -> None:
         kept = common.checkpoint_of(folder)
         kept = f"{kept} is as it was" if kept else "there is no checkpoint yet"
         remedy = f"make room there; {kept}; then run the same command again"
-        with common.new_folder(target, remedy) as unfinished:
+        with new_folder(target, remedy) as unfinished:
             write(unfinished, step, finished)
             move_config(unfinished, unfinished, folder, target)
     point(f"{folder}/latest", target)
@@ -44,7 +108,7 @@ def publish(folder: str) -> None:
 def sweep(folder: str, keep: int) -> None:
     """Remove what a killed run left half written, and the checkpoints beyond the newest `keep`."""
     root = glob.escape(folder)
-    for path in glob.glob(f"{root}/{common.UNFINISHED}*"):
+    for path in glob.glob(f"{root}/{UNFINISHED}*"):
         shutil.rmtree(path)
     for path in glob.glob(f"{root}/*.tmp"):
         if os.path.basename(path).removesuffix(".tmp") in OURS:
@@ -70,7 +134,8 @@ OURS = {"run.yaml", "config.yaml", "model.safetensors", "optimizer.pt", "log.jso
         # of an LLM and its tokenizer
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "special_tokens_map.json", "added_tokens.json", "spiece.model"}
-OUR_FOLDERS = ("step-", "best-", "group-", "unfinished-", common.UNFINISHED, "tensorboard")
+BEGUN = {".lock", "log.jsonl", "training_tasks.json", "run.yaml.tmp"}   # of a run's first moments
+OUR_FOLDERS = ("step-", "best-", "group-", "unfinished-", UNFINISHED, "tensorboard")
 
 
 def is_known(entry: os.DirEntry) -> bool:
@@ -96,12 +161,12 @@ def record_in(folder: str, name: str = "config.yaml") -> dict:
 
 
 def is_ours(folder: str) -> bool:
-    """Whether a run of this program made this folder; also where nothing is there, or all is known."""
+    """Whether a run of this program made this folder; also where nothing is there yet."""
     if os.path.islink(folder) or not os.path.isdir(folder):
         return not os.path.lexists(folder)
-    with os.scandir(folder) as entries:
-        if all(is_known(entry) for entry in entries):
-            return True
+    # Names alone do not tell: an LLM of somebody else's has the same. So a run marks its folder first.
+    if all(name in BEGUN or name.startswith(OUR_FOLDERS) for name in os.listdir(folder)):
+        return True
     return "go_on_with" in record_in(folder, "run.yaml") or "finished" in record_in(folder)
 
 
@@ -113,7 +178,7 @@ def remove_ours(folder: str) -> None:
         os.unlink(f"{folder}/config.yaml")
     with os.scandir(folder) as entries:
         known = [entry for entry in entries if is_known(entry)]
-    for entry in known:
+    for entry in sorted(known, key=lambda entry: entry.name == "run.yaml"):     # the mark goes last
         if entry.is_dir(follow_symlinks=False):
             remove_ours(entry.path)
         elif entry.name != ".lock":
@@ -141,8 +206,8 @@ def move_config(source: str, target: str, old: str, new: str) -> None:
     """Write source's config.yaml to target, its relative path from `new` where it was from `old`."""
     record = common.read_yaml(f"{source}/config.yaml", "train this stage again with --fresh")
     if record.get("llm_is_relative"):
-        path = os.path.join(old, record["llm_path"])
-        record["llm_path"] = os.path.relpath(path, new)
+        path = os.path.join(os.path.realpath(old), record["llm_path"])
+        record["llm_path"] = os.path.relpath(path, os.path.realpath(new))
     common.write_yaml(f"{target}/config.yaml", record)
 
 

@@ -1,59 +1,12 @@
-"""Folders written as a whole or not at all; one that is there is replaced only as it was written."""
-import contextlib
+"""A list of what a folder holds, by which it is known to be ours and unchanged: else it stays."""
 import hashlib
 import os
-import tempfile
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 import common
 from common import UserError
 
 LIST = "files.sha256"           # the digest of every file in a folder, as sha256sum writes it
-
-
-@contextlib.contextmanager
-def new_folder(folder: str, replace: bool = False):
-    """Within: a folder beside it, which in the end becomes `folder`, whole; after an error it goes.
-
-    Raises UserError where something is there already, unless it is to be replaced, and where it
-    cannot be written.
-    """
-    told, folder = folder, os.path.abspath(os.path.expanduser(folder))
-    if os.path.lexists(folder) and not replace:
-        raise UserError(f"{told} is there already; choose another folder")
-    above, made = os.path.dirname(folder), []
-    while not os.path.lexists(above):
-        made.append(above)
-        above = os.path.dirname(above)
-    above = os.path.dirname(folder)
-    try:
-        os.makedirs(above, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=above) as beside:
-            new, old = f"{beside}/whole", f"{beside}/old"
-            os.mkdir(new)
-            yield new
-            swap(folder, new, old)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{told} cannot be written: {reason}; choose another folder") from None
-    finally:
-        for parent in made:                             # those that are still empty
-            with contextlib.suppress(OSError):
-                os.rmdir(parent)
-
-
-def swap(folder: str, new: str, old: str) -> None:
-    """Put `new` in the place of `folder`, which becomes `old`."""
-    if os.path.isdir(folder):
-        os.rename(folder, old)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        if os.path.isdir(old):
-            os.rename(old, folder)
-        raise
 
 
 def write_list(folder: str) -> None:

@@ -9,6 +9,7 @@ import time
 import torch
 
 import common
+import config
 import t5
 from bench import machine
 from bench.folders import (is_ours, publish, remove_ours, save_step, sweep,
@@ -79,7 +80,7 @@ class Run:
             return False
         for key, value in vars(options).items():
             old = before.get(key, value)
-            if key in IGNORED or is_same(old, value):
+            if key in IGNORED or config.same(key, old, value, before.get("cwd", "")):
                 continue
             if key == "steps" and before["finished"] and value > old:
                 continue                                # a finished stage is trained further
@@ -116,8 +117,8 @@ class Run:
     def record(self) -> dict:
         """What config.yaml tells of this run."""
         seconds = (self.before or {}).get("seconds", 0) + time.time() - self.begun
-        return vars(self.options) | self.found | {"seconds": round(seconds, 1),
-                                                  "versions": machine.versions()}
+        here = {"cwd": os.getcwd(), "seconds": round(seconds, 1), "versions": machine.versions()}
+        return vars(self.options) | self.found | here
 
     def resume(self, parameters: dict, optimizer) -> int:
         """The step to go on from; parameters and optimizer are filled from the checkpoint there."""
@@ -144,6 +145,7 @@ class Run:
                 raise UserError(f"another run was at work in {self.folder} meanwhile; run the same "
                                 "command again")
             if self.options.fresh:
+                self._describe()                        # marked as ours while it is removed
                 remove_ours(self.folder)
             sweep(self.folder, self.options.keep)
             self._describe()
@@ -230,14 +232,6 @@ class Run:
                   f"python {then}{t5.config_flag(self.options)}")
         self.stop.leave_if_asked(self.options.device)
         self.stop.at_once = self.world == 1
-
-
-def is_same(old, new) -> bool:
-    """Whether two options are the same; paths may be spelt in several ways."""
-    if old == new:
-        return True
-    are_paths = isinstance(old, str) and isinstance(new, str) and os.path.exists(new)
-    return are_paths and os.path.realpath(old) == os.path.realpath(new)
 
 
 def name_of(item) -> str:

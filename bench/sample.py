@@ -35,7 +35,8 @@ import config
 from bench.concepts import (
     ATTRIBUTES, EVENTS, FORMATS, JOINERS, LABELS, MAPS, OPERANDS, POSITIONS, SLOTS, SPECS, TABLES,
     Task, answer, draw_examples, make_record, put_in, value_of, write, write_tokenizer)
-from bench.listed import new_folder, replaceable, write_list
+from bench.folders import new_folder
+from bench.listed import replaceable, write_list
 
 SUITE = "data/sample"  # the folder that the scripts fill with seed 0 where it is missing
 TRAIN_INSTANCES, EVAL_INSTANCES = 64, 25

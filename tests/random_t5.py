@@ -17,7 +17,8 @@ import torch
 
 import common
 import data
-from bench.listed import new_folder, replaceable, write_list
+from bench.folders import new_folder
+from bench.listed import replaceable, write_list
 
 SIZES = {  # d_model, d_ff, layers, heads, d_kv, vocabulary
     "tiny": (64, 128, 2, 4, 16, 593),          # small enough for tests

@@ -13,10 +13,9 @@ import yaml
 
 pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
-from stages import MODULES, ROOT, call, environment
+from stages import ROOT, call, environment
 
 import adapt
-import common
 import config
 import evaluate
 import t5

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import config
 import data
 import t5
-from bench import novelty
+from bench import novelty, terminal
 from common import UserError
 from hypernet import TAGI
 from lora import Adapter
@@ -129,7 +129,9 @@ def answers(tagi, adapter, inputs: list[str], options) -> list[dict]:
 
 
 def tell(answer: dict, options, **asked) -> None:
-    text = json.dumps(asked | answer, ensure_ascii=False) if options.json else answer["output"]
+    text = answer["output"]
+    if options.json:                            # \u00e9 where the terminal has no é
+        text = json.dumps(asked | answer, ensure_ascii=not terminal.has_unicode(sys.stdout))
     print(text, flush=True)
 
 
@@ -228,6 +230,7 @@ def index(tagi, checkpoint: str) -> None:
 
 
 @common.command
+@terminal.printing
 def main(argv=None):
     o = get_options(argv)
     tagi = TAGI.load(o.checkpoint or o.adapter or OWN, o.device, o.precision, o.llm)

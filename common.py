@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn     # its defaults keep a process group that was made before the import
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 # ------------------------------------------------------------------------------ mistakes, files

@@ -10,6 +10,7 @@ import sys
 import torch
 
 import common
+from bench import terminal
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_CONFIG = "configs/sample.yaml"
@@ -55,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file=None):
         file = file or sys.stdout
         text = self.format_help()
-        if not (file.encoding or "utf-8").lower().startswith("utf"):
+        if not terminal.has_unicode(file):
             text = text.translate(PLAIN).encode("ascii", "replace").decode()
         file.write(text)
 

@@ -27,7 +27,7 @@ import config
 import data
 import lora
 import t5
-from bench import cost, machine, p3, predictions, probe, report, sample
+from bench import cost, machine, p3, predictions, probe, report, sample, terminal
 from bench.predictions import HEURISTICS, UNSEEN_WORDING
 from bench.report import ROWS
 from bench.rouge import rouge_l     # noqa: F401  for those who import it from here
@@ -424,6 +424,7 @@ def run(options) -> dict:
 
 
 @common.command
+@terminal.printing
 def main(argv=None):
     options = config.parse(parser(), "evaluate", argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

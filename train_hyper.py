@@ -25,7 +25,7 @@ import config
 import data
 import lora
 import t5
-from bench import optim, sample
+from bench import optim, sample, terminal
 from bench.runs import Run
 from bench.teachers import load_kl_teacher, load_teachers, svd_factors
 from common import UserError
@@ -422,6 +422,7 @@ def train(options, run):
 
 
 @common.command
+@terminal.printing
 def main(argv=None):
     options = get_options(argv)
     rank, world = common.init_processes(options.device, options.timeout)

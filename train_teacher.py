@@ -24,7 +24,7 @@ import config
 import data
 import lora
 import t5
-from bench import curriculum, optim, sample
+from bench import curriculum, optim, sample, terminal
 from bench.folders import save_step, sweep, teacher_folder
 from bench.runs import Log, Run
 from bench.teachers import (find_progress, load_rows, load_start, remove_groups, row_norms,
@@ -417,6 +417,7 @@ STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora, "lora-all"
 
 
 @common.command
+@terminal.printing
 def main(argv=None):
     for stage in stages_of(argv):
         options = config.parse(parser(), stage.replace("-", "_"), argv)

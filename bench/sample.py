@@ -32,6 +32,7 @@ from pathlib import Path
 
 import common
 import config
+from bench import terminal
 from bench.concepts import (
     ATTRIBUTES, EVENTS, FORMATS, JOINERS, LABELS, MAPS, OPERANDS, POSITIONS, SLOTS, SPECS, TABLES,
     Task, answer, draw_examples, make_record, put_in, value_of, write, write_tokenizer)
@@ -388,6 +389,7 @@ def ensure_suite(root, rank=0):
 
 
 @common.command
+@terminal.printing
 def main(argv=None):
     parser = config.Parser("Write the built-in suite.", epilog=None)
     parser.add_argument("--out", type=config.path, default=SUITE,

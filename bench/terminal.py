@@ -1,0 +1,45 @@
+"""Standard output that is closed, full, or of few signs."""
+import functools
+import os
+import sys
+
+from common import UserError
+
+
+def has_unicode(stream) -> bool:
+    """Whether the stream takes every sign; one without an encoding keeps texts as they are."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
+def printing(main):
+    """Decorator of a script's main(): closed streams swallow what is printed, a full one is an error.
+
+    A pipe that nobody reads any more stays a BrokenPipeError.
+    """
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:                      # started with >&-
+                setattr(sys, name, open(os.devnull, "w"))
+        try:
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not is_full():
+                raise
+            raise UserError(f"standard output cannot be written: {error.strerror}; what was not "
+                            "printed is lost") from None
+    return run
+
+
+def is_full() -> bool:
+    """Whether standard output takes no more; then what is left of it goes nowhere."""
+    try:
+        print(flush=True)                       # a flush alone has nothing left to fail with
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

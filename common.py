@@ -13,11 +13,7 @@ import tempfile
 import threading
 import time
 
-# Ctrl-C while PyTorch is loaded, which takes seconds: a script of ours ends without a traceback.
-_started = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
-if os.path.dirname(_started) == os.path.dirname(os.path.abspath(__file__)):
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_number, lambda number, frame: os._exit(130))
+from bench import early     # before PyTorch
 
 import torch
 import torch.distributed as dist
@@ -205,8 +201,9 @@ def init_processes(device: str, minutes: float = 30) -> tuple[int, int]:
 def tell_once(error: UserError) -> None:
     """Print it, on the rank that has it: where all have the same, rank 0's launcher ends them."""
     if launched_processes() > 1 and os.environ["RANK"] != "0":
-        stop.at_once = True                             # the launcher's SIGTERM ends the wait
-        time.sleep(5)
+        for number in stop.before:                      # the launcher's SIGTERM ends the wait
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(20)
     encoding = getattr(sys.stderr, "encoding", None)
     print(one_line(f"error: {error}", encoding=encoding), file=sys.stderr, flush=True)
 

@@ -26,7 +26,7 @@ run() {
 }
 
 begin=$SECONDS options="--runs $runs $llm $fresh"
-train="torchrun --standalone --nproc-per-node 2"
+train="python -m bench.launch --nproc-per-node 2"
 if [ -n "$fresh" ] || [ ! -d data/sample ]; then
     run python -m bench.sample
 fi

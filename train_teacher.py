@@ -263,8 +263,7 @@ def train_lora(options, run):
 
     # Ranks may have come to their end hours apart.
     run.watch.wait_for_all()
-    if run.stop.asked:
-        run.leave(options.steps)
+    run.leave(options.steps, run.stop.asked)
     lost = sorted(set().union(*common.gather_over_ranks(lost)))
     if lost:
         raise UserError(f"loss or gradient of {', '.join(lost[:4])}{', ..' * (len(lost) > 4)} were not "

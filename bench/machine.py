@@ -19,7 +19,7 @@ def command_line() -> str:
     world = common.launched_processes()
     if world > 1:
         local = os.environ.get("LOCAL_WORLD_SIZE", world)
-        words[:1] = ["torchrun", "--nproc-per-node", str(local)]
+        words[1:1] = ["-m", "bench.launch", "--nproc-per-node", str(local)]
     return shlex.join(words)
 
 

@@ -215,8 +215,11 @@ class Run:
         if stopping and not finished:
             self.leave(step)
 
-    def leave(self, step: int) -> None:
-        """End after a stop, with what was saved and how to go on."""
+    def leave(self, step: int, asked: bool = True) -> None:
+        """End after a stop, if a rank was asked to, with what was saved and how to go on."""
+        # All together: where one ends alone, torchrun ends the others 30 seconds later.
+        if not common.sum_over_ranks([asked], self.options.device)[0]:
+            return
         self.log.close()
         if self.rank == 0:
             print(f"\nstopped after step {step}; {self.folder} is saved: run the same command again "

@@ -1,4 +1,4 @@
-"""Ranks look after each other: one that does nothing any more ends all, a gone launcher stops them."""
+"""Ranks look after each other: one that does nothing any more ends all, a stop of one stops all."""
 import json
 import os
 import threading
@@ -7,10 +7,11 @@ import time
 import torch.distributed as dist
 
 import common
+from bench import early
 
 
 class Watch:
-    """A thread that sees when the launcher is gone, and which rank does nothing any more.
+    """A thread that sees which rank was asked to stop, and which does nothing any more.
 
     Ranks tell each other through the launcher's store how many meetings and steps they have begun
     and whether they were asked to stop. After `minutes` without progress all of them end.
@@ -23,9 +24,7 @@ class Watch:
         self.is_done, self.left = False, threading.Event()
         self.told = []                          # of each rank: [progress, is to stop, is done]
         self.seen = {}                          # rank -> (what it told, when that was new)
-        self.store = self.parent = None
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            self.parent = os.getppid()
+        self.store = None
         if dist.is_initialized():
             again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self.prefix = f"watch/{again}/{folder}"
@@ -34,8 +33,8 @@ class Watch:
                                        is_master=False, wait_for_workers=False)
             self._tell()
             common.wait_for_all_ranks()
-        if self.store is not None or self.parent is not None:
             threading.Thread(target=self._run, daemon=True).start()
+        early.begun = True                      # from now on a stop saves
 
     def _tell(self) -> None:
         told = [common.progress, common.stop.asked, int(self.is_done)]
@@ -43,26 +42,17 @@ class Watch:
 
     def _run(self) -> None:
         while not self.left.wait(self.PAUSE):
-            if self.parent is not None and os.getppid() != self.parent:
-                if self.rank == 0:
-                    os.write(2, b"\nthe launcher is gone: this step ends, then its state is saved\n")
-                self._stop_without_store()
-            if self.store is None:
-                continue
             try:
                 self._tell()
                 keys = [f"{self.prefix}/{rank}" for rank in range(self.world)]
                 self.told = [json.loads(self.store.get(key)) for key in keys]
             except Exception:                   # the store is gone, and so is who held it
-                self._stop_without_store()
-                continue
+                common.stop.asked = 1
+                self.store = None
+                return
             if any(asked for _, asked, _ in self.told):
                 common.stop.asked = 1
             self._check()
-
-    def _stop_without_store(self) -> None:
-        common.stop.asked = 1
-        self.store = self.parent = None
 
     def _check(self) -> None:
         """End this process where a rank has been silent for too long."""
@@ -93,3 +83,4 @@ class Watch:
 
     def end(self) -> None:
         self.left.set()
+        early.begun = False

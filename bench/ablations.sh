@@ -27,7 +27,7 @@ ablation() {
         --out "$runs/evaluate-$name" --split "$SPLIT" $options
 }
 
-train="torchrun --standalone --nproc-per-node $PROCESSES"
+train="python -m bench.launch --nproc-per-node $PROCESSES"
 for ((seed = 0; seed < SEEDS; seed++)); do
     runs=$RUNS
     if ((seed > 0)); then runs=$RUNS-seed$seed; fi

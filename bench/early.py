@@ -26,6 +26,8 @@ def follow(launcher: int) -> None:
     """Take it for a SIGTERM when the launcher, this process's parent, is gone."""
     while os.getppid() == launcher:
         time.sleep(PAUSE)
+    if os.environ["RANK"] == "0":
+        os.write(2, b"\nthe launcher is gone\n")
     os.kill(os.getpid(), signal.SIGTERM)
     # The main thread may be waiting for what the launcher held, and sees no signal.
     time.sleep(PATIENCE)
@@ -39,6 +41,9 @@ def is_script() -> bool:
     return os.path.dirname(os.path.abspath(started)) in (ROOT, os.path.join(ROOT, "bench"))
 
 
+if is_script():
+    # The C++ code's warnings are stack traces: of a store that is gone, of a host without a name.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 if is_script() and threading.current_thread() is threading.main_thread():
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, leave)

@@ -450,10 +450,9 @@ class Script:
             shutil.copy(ROOT / name, folder / name)
         (folder / ".venv/bin").mkdir(parents=True)
         shutil.copy(ROOT / "requirements.txt", folder / ".venv/requirements.txt.installed")
-        for name, more in (("python", python), ("torchrun", "")):
-            path = folder / ".venv/bin" / name
-            path.write_text(RECORD + more)
-            path.chmod(0o755)
+        path = folder / ".venv/bin/python"
+        path.write_text(RECORD + python)
+        path.chmod(0o755)
 
     def run(self, *words, **variables) -> subprocess.CompletedProcess:
         return subprocess.run(["bash", self.script, *words], cwd=self.folder, text=True,
@@ -531,8 +530,9 @@ def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
     assert len(stages) == 2 * (2 + 2 * len(PARTS)) + 1
     assert options_of_command(stages[-1])["ablations"]
     for program, *words in script.commands():
-        assert (program == "torchrun") == ("--nproc-per-node" in words)
-        assert program == "python" or words[words.index("--nproc-per-node") + 1] == "3"
+        assert program == "python"
+        launched = words[:4] == ["-m", "bench.launch", "--nproc-per-node", "3"]
+        assert launched == any(word.startswith("train_") for word in words)
 
 
 def test_ablations_retrain_finetuning_for_every_row_once(project, uncosted, tmp_path):

@@ -48,7 +48,7 @@ def parser():
     add("--demo", action="append", default=[], type=config.demonstration,
         metavar="'INPUT => OUTPUT'",
         help="a demonstration beside the instruction; may be given several times; default: none")
-    add("--scale", type=config.finite, default=1.0, help="of LoRA and the encoder's fusion")
+    add("--scale", type=config.scale, default=1.0, help="of LoRA and the encoder's fusion")
     add("--combine", nargs="?", type=config.numbers, const=[], metavar="W1,W2",
         help="one adapter for several --instruction: their sum with these weights, or, without "
              "any, their mean; default: only one instruction is taken")
@@ -58,15 +58,15 @@ def parser():
         help="file with an input a line; -: standard input, answered line by line; default: none")
     add("--instructions", type=config.path,
         help="file of JSON lines: instruction, input, [demonstrations]; default: none")
-    add("--batch-size", type=config.positive, 
+    add("--batch-size", type=config.many, 
         help="inputs answered at a time; default: 32, and 1 for --inputs -")
     add = p.add_argument_group("answers, files").add_argument
     add("--choices",
         help="answers to choose from, with | between them; default: the answer is generated")
-    add("--beams", type=config.positive, default=1, help="beam search with so many beams")
+    add("--beams", type=config.number(1, 100), default=1, help="beam search with so many beams")
     add("--sample", default=False, **config.flag, help="draw the answer, instead of the likeliest")
-    add("--seed", type=config.at_least(0), default=0, help="of --sample")
-    add("--max-output", type=config.positive, default=128, help="tokens of an answer, at most")
+    add("--seed", type=config.seed, default=0, help="of --sample")
+    add("--max-output", type=config.many, default=128, help="tokens of an answer, at most")
     add("--json", default=False, **config.flag, help="print a JSON object for each answer")
     add("--compare", default=False, **config.flag,
         help="the frozen LLM's answers too, times, and how near the instruction is to training's")

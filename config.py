@@ -1,7 +1,6 @@
 """Options: the command line over a YAML file over the defaults."""
 import argparse
 import difflib
-import math
 import os
 import re
 import shlex
@@ -71,38 +70,22 @@ class Parser(argparse.ArgumentParser):
 
 # ------------------------------------------------------------------------------- types of options
 
-def at_least(least, kind=int):
-    """The type of an option: a number no smaller than `least`."""
+LARGEST = 10 ** 9                               # of numbers that have no bound of their own
+
+
+def number(least, most, kind=int):
+    """The type of an option: a number from `least` to `most`, and so no NaN and no infinity."""
     def number(text):
         value = kind(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
         return value
     return number
 
 
-def finite(text):
-    """The type of an option: a number that is one, no NaN and no infinity."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
-    return value
-
-
-def share(text):
-    """The type of an option: a number from 0 to 1."""
-    value = finite(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
-    return value
-
-
-def below_1(text):
-    """The type of an option: a number from 0 to 1, and not 1."""
-    value = share(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError("must be below 1")
-    return value
+def at_least(least, kind=int):
+    """The type of an option: a number from `least` up to a billion."""
+    return number(least, LARGEST, kind)
 
 
 def demonstration(text):
@@ -114,7 +97,7 @@ def demonstration(text):
 
 def numbers(text):
     """The type of an option: numbers with commas between."""
-    return [float(number) for number in text.split(",")]
+    return [scale(number) for number in text.split(",")]
 
 
 def path(text):
@@ -146,6 +129,17 @@ def plain_name(text):
 
 
 positive = at_least(1)
+finite = number(-LARGEST, LARGEST, float)
+share = number(0, 1, float)
+below_1 = number(0, 1 - 1e-9, float)
+scale = number(-1000, 1000, float)
+# So many that a single process has a chance to hold or to make them.
+seed = number(0, 2 ** 32 - 1)
+width = number(1, 8192)
+many = number(1, 10_000)
+tokens = number(1, 100_000)
+rate = number(0, 10, float)
+weight = number(0, 10 ** 6, float)
 flag = {"action": argparse.BooleanOptionalAction}                           # --x and --no-x
 
 # Options whose values are paths: written in two ways, one may be the same.
@@ -167,7 +161,7 @@ def add_shared_options(parser: Parser) -> None:
         help="YAML file of options; those of the command line go before it")
     add("--runs", type=path, default="runs/sample",
         help="folder that holds one folder for each stage")
-    add("--seed", type=at_least(0), default=0, help="everything random follows from it")
+    add("--seed", type=seed, default=0, help="everything random follows from it")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: the GPU where there is one")
     add("--precision", default="fp32", choices=["fp32", "bf16"],
@@ -192,11 +186,11 @@ def add_shared_options(parser: Parser) -> None:
         help="demonstrations beside the definition; mixed: none in half of the steps, else 2")
     add("--vary-demos", default=False, **flag,
         help="draw demonstrations from the task's instances, not its first positive examples")
-    add("--max-instruction", type=positive, default=1024,
+    add("--max-instruction", type=tokens, default=1024,
         help="tokens of an instruction with its demonstrations, at most")
-    add("--max-input", type=positive, default=1024,
+    add("--max-input", type=tokens, default=1024,
         help="tokens of an input, at most, the instruction included where it is read with it")
-    add("--max-output", type=positive, default=128, help="tokens of an output, at most")
+    add("--max-output", type=many, default=128, help="tokens of an output, at most")
 
     add = parser.add_argument_group("models").add_argument
     add("--model", type=beside, default="tiny",
@@ -212,8 +206,9 @@ def add_shared_options(parser: Parser) -> None:
         help="checkpoint that is meta-trained already (a Tk-Instruct, say), in place of stage "
              "meta; default: what that stage made")
     add("--targets", default="q,v", help="projections with LoRA, of q,k,v,o,wi,wi_0,wi_1,wo")
-    add("--rank", type=positive, default=32, help="LoRA rank r")
-    add("--alpha", type=finite, default=32.0, help="LoRA alpha; updates are scaled by alpha / r")
+    add("--rank", type=number(1, 1024), default=32, help="LoRA rank r")
+    add("--alpha", type=number(1e-6, 10 ** 6, float), default=32.0,
+        help="LoRA alpha; updates are scaled by alpha / r")
     add("--unit", default="category", choices=["category", "task", "all"],
         help="what there is one LoRA teacher for")
 
@@ -228,18 +223,18 @@ def add_training_options(parser: Parser, stages: list[str], steps: int, text_len
     add("--text", type=path,
         help="plain text for base and pretrain: one document a line, or JSON lines with a text; "
              "default: corpus.txt in --data")
-    add("--text-length", type=at_least(3), default=text_length,
+    add("--text-length", type=number(3, 100_000), default=text_length,
         help="tokens of a document that are used at a time")
 
     add = parser.add_argument_group("batches").add_argument
     add("--steps", type=positive, default=steps, help="optimizer steps")
-    add("--tasks", type=positive, default=8, help="tasks in a micro-batch of one process")
-    add("--instances", type=positive, default=1, help="instances of each of these tasks")
-    add("--accumulate", type=positive, default=1, help="micro-batches in a step of one process")
+    add("--tasks", type=many, default=8, help="tasks in a micro-batch of one process")
+    add("--instances", type=many, default=1, help="instances of each of these tasks")
+    add("--accumulate", type=many, default=1, help="micro-batches in a step of one process")
     add("--balance", default="tasks", choices=["tasks", "categories"],
         help="what is drawn equally often; categories: whatever their number of tasks (lora-all, "
              "finetune)")
-    add("--bucket-steps", type=at_least(0), default=0,
+    add("--bucket-steps", type=number(0, 10_000), default=0,
         help="sort the texts of so many steps by length, for less padding; 1: each step's own "
              "among its micro-batches; 0: as drawn")
     add("--checkpointing", default=False, **flag,
@@ -254,13 +249,13 @@ def add_training_options(parser: Parser, stages: list[str], steps: int, text_len
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", default="adamw", choices=["adamw", "adafactor", "muon"],
         help="muon: Muon for matrices, AdamW for the rest")
-    add("--lr", type=at_least(0, finite), default=1e-4, help="largest learning rate")
+    add("--lr", type=rate, default=1e-4, help="largest learning rate")
     add("--schedule", default="linear", choices=["linear", "cosine", "constant"],
         help="of the learning rate after warm-up")
     add("--warmup", type=share, default=0.02, help="share of the steps with a rising rate")
-    add("--weight-decay", type=at_least(0, finite), default=0.01, help="decoupled, as in AdamW")
+    add("--weight-decay", type=rate, default=0.01, help="decoupled, as in AdamW")
     add("--beta2", type=below_1, default=0.999, help="AdamW's second decay rate")
-    add("--clip", type=at_least(0, finite), default=1.0,
+    add("--clip", type=weight, default=1.0,
         help="largest gradient norm; 0: no clipping (stage lora has none)")
 
 
@@ -350,9 +345,11 @@ def recorded(checkpoint: str, known: set) -> dict:
 
 def words_of(values: dict, allowed: set, where: str) -> list[str]:
     """A file's keys and values as words of a command line."""
-    words = []
+    words, seen = [], {}                        # seen: name -> the key that it was
     for key, value in values.items():
-        name = key.replace("_", "-")
+        name = str(key).replace("_", "-")
+        if seen.setdefault(name, key) != key:
+            raise common.UserError(f"{where}'{key}' is '{seen[name]}' once more; leave one out")
         if name not in allowed:
             near = closest(name, allowed | set(SECTIONS))
             raise common.UserError(f"{where}unknown key '{key}'" + near + "; an option of one "

@@ -58,7 +58,7 @@ def parser():
         help="p3: compare choices by their log-likelihood per token, not by its sum")
     add("--rows", help="make only these rows, with commas between; default: all, which are "
                        + ", ".join(ROWS))
-    add("--batch-size", type=config.positive,
+    add("--batch-size", type=config.many,
         help="instances answered at a time; default: 250 for the built-in suite, else 20")
     add("--out", type=config.path,
         help="folder for the results; default: evaluate under --runs, or probe")

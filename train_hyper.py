@@ -39,7 +39,7 @@ from hypernet import TAGI
 # --------------------------------------------------------------------------------------- options
 
 def number_or_sigmoid(text):                    # the type of --lambda-ins
-    return text if text == "sigmoid" else config.finite(text)
+    return text if text == "sigmoid" else config.weight(text)
 
 
 def parser():
@@ -50,8 +50,8 @@ def parser():
     add("--generator", default="attention", choices=["attention", "mean", "none"],
         help="how instruction states become LoRA weights: by attention for each site, by the "
              "released code's mean, or not at all (fusion alone)")
-    add("--width", type=config.positive, default=128, help="the generator's width")
-    add("--bottleneck", type=config.positive, default=128, help="hidden width of its MLPs")
+    add("--width", type=config.width, default=128, help="the generator's width")
+    add("--bottleneck", type=config.width, default=128, help="hidden width of its MLPs")
     add("--fusion", default="both", choices=["both", "encoder", "decoder", "none"],
         help="Eq. 1: cross-attention in every encoder block, instruction states for the decoder")
     add("--train-norms", default=False, **config.flag,
@@ -60,8 +60,8 @@ def parser():
         help="train a change of the student's own to the embeddings")
     add = p.add_argument_group("finetune").add_argument
     add("--pretrained", default=True, **config.flag, help="start from the pretrain stage")
-    add("--lambda-ce", type=config.finite, default=1.0, help="weight of L_pred")
-    add("--lambda-kl", type=config.finite, default=5.0, help="λ1, weight of L_kl")
+    add("--lambda-ce", type=config.weight, default=1.0, help="weight of L_pred")
+    add("--lambda-kl", type=config.weight, default=5.0, help="λ1, weight of L_kl")
     add("--lambda-ins", type=number_or_sigmoid, default="sigmoid",
         help="λ2, weight of L_ins: a number, or sigmoid (of L_ins)")
     add("--alignment", default="factors", choices=["none", "factors", "product", "svd"],
@@ -71,7 +71,7 @@ def parser():
         help="lora (Eq. 5), meta (stage meta), or a checkpoint with the same vocabulary")
     add("--teacher-demos", default=True, **config.flag,
         help="the teacher reads demonstrations too, where the student's instruction has them")
-    add("--temperature", type=config.at_least(0.01, config.finite), default=1.0,
+    add("--temperature", type=config.number(0.01, 1000, float), default=1.0,
         help="of both distributions in L_kl, which is then multiplied by its square")
     add("--standardize-logits", default=False, **config.flag,
         help="z-score both models' logits before the softmax of L_kl, as the released code can")

@@ -41,7 +41,7 @@ def parser():
     config.add_shared_options(p)
     config.add_training_options(p, list(STAGES), steps=10_000, text_length=128)
     add = p.add_argument_group("lora").add_argument
-    add("--teachers-at-once", type=config.positive, default=16,
+    add("--teachers-at-once", type=config.many, default=16,
         help="LoRA teachers trained side by side in one batch")
     add("--init-from", type=config.beside,
         help="folder of a TAGI: each teacher starts from the LoRA weights (alone, without fusion) "

@@ -78,7 +78,8 @@ def number(least, most, kind=int):
     def number(text):
         value = kind(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be a finite number from {least} to {most}, "
+                                             f"not {text}")
         return value
     return number
 

@@ -14,10 +14,12 @@ pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
 from stages import ROOT, STAGES, Project, at_step, environment, interrupt
 
+import adapt
 import common
 import data
 import evaluate
 import train_hyper
+import train_teacher
 
 ASK = ("--instruction", "Find the city .", "--input", "Anna went to Paris on Monday .")
 
@@ -682,3 +684,65 @@ def test_an_error_is_one_printable_line_of_300_characters_on_every_terminal(monk
     line = streams["stderr"].buffer.getvalue().decode(encoding)
     assert end.value.code == 2 and line.startswith("error: ") and line.endswith("; do something else\n")
     assert len(line) <= 301 and line[:-1].isprintable()
+
+
+# ------------------------------------------------------------------------------------------------- YAML files
+
+@pytest.mark.parametrize("text, said", [
+    ("steps: 3\nseed: 1\nsteps: 4", "line 3: the key steps is there twice"),
+    ("lora: {steps: 2}\nrank: 3\nlora:\n  unit: task", "line 3: the key lora is there twice"),
+    ("meta:\n  lr: 1\n  tasks: 2\n  lr: 2", "line 4: the key lr is there twice"),
+    ("meta: {lr: 1, 'lr': 2}", "line 1: the key lr is there twice"),
+    ("lora: {steps: 1}\nlora: {steps: 2}\n<<: {seed: 1}", "line 2: the key lora is there twice"),
+    ("[" * 100_000, "over 50 levels"), ("a: " + "{b: " * 60 + "1" + "}" * 60, "over 50 levels"),
+    ("\n".join(f"{'  ' * n}a:" for n in range(60)), "over 50 levels"), ("- " * 9999, "over 50 levels"),
+    ("a: &a [*a]", "line 1: stands for over"), ("&a {b: *a}", "line 1: stands for over"),
+    ("a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [{'*a%d,' % (n - 1) * 9}]" for n in range(1, 9)), "stands for over"),
+    ("a0: &a0 {x: 1}\n" + "\n".join(f"a{n}: &a{n} {{<<: [{'*a%d,' % (n - 1) * 9}]}}" for n in range(1, 9)), "stands for over"),
+    ("max_input: 5\nmax-input: 6", "'max-input' is 'max_input' once more"), ("finetune: {1: 2}", "unknown key '1'"),
+    ("{[a]: 3}", "unhashable"), ("a: 2001-99-01", "month"), ("a: " + "9" * 5000, "4300 digits"), ("!!python/object:os.system {}", "constructor"),
+    ("a: 1\n---\nb: 2", "single document"), ("a: \0", "#x0000"), ("[]", "key: value"), ("0", "key: value")])
+def test_yaml_with_a_key_twice_too_deep_or_without_end_is_refused_with_its_line(tmp_path, text, said):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(common.UserError, match=re.escape(said)) as told:
+        parsed = train_hyper.get_options(["--stage=finetune", f"--config={path}"])
+        raise AssertionError(parsed)
+    assert str(path) in str(told.value)
+
+
+def test_merge_keys_of_yaml_may_be_overridden_as_ever(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("\ufeffmeta: &base {lr: 1, steps: 3}\nlora: {<<: *base, lr: 2}\nl: {m: &a {<<: *base, lr: 4}}\nn: {<<: *a}",
+                    encoding="utf-8")
+    found = common.read_yaml(path, "mend it")
+    assert found["lora"] == {"lr": 2, "steps": 3} and found["n"] == found["l"]["m"] == {"lr": 4, "steps": 3}
+
+
+# --------------------------------------------------------------------------------- numbers have two bounds
+
+NUMBERS = [10 ** 30, -10 ** 30, "1e309", "inf", "-inf", "nan", "9" * 5000, "0x10", "", "1 2", "½"]
+
+
+@pytest.mark.parametrize("module, stage", [(train_hyper, "finetune"), (train_teacher, "lora"), (evaluate, None), (adapt, None)])
+def test_every_number_of_every_script_is_finite_and_bounded(module, stage):
+    first = ["--instruction=a"] if module is adapt else ["--stage", stage] if stage else []
+    n_numbers = 0
+    for action in module.parser()._actions:
+        if getattr(action.type, "__name__", "") not in ("number", "numbers", "number_or_sigmoid"):
+            continue
+        n_numbers += 1
+        for value in NUMBERS:
+            with pytest.raises(common.UserError) as told:
+                module.parser().parse_args([*first, f"{action.option_strings[0]}={value}"])
+            assert action.option_strings[0] in str(told.value) and len(str(told.value)) <= 300
+    assert n_numbers > 3
+
+
+@pytest.mark.parametrize("flag", ["--alpha=0", "--alpha=-1", "--warmup=7", "--warmup=-0.1", "--beta2=1", "--beta2=-0.5", "--lr=-1",
+                                  "--lr=1e9", "--clip=-1", "--weight-decay=-1", "--lambda-kl=-5", "--lambda-ins=-1",
+                                  "--temperature=0", "--temperature=inf", "--steps=0", "--seed=-1", "--seed=4294967296",
+                                  "--rank=99999", "--width=99999", "--text-length=2", "--bucket-steps=-1", "--tasks=1000000"])
+def test_numbers_out_of_their_range_are_refused(flag):
+    with pytest.raises(common.UserError, match=f"{flag.partition('=')[0]}.*must be a finite number from"):
+        train_hyper.parser().parse_args(["--stage=finetune", flag])

@@ -89,6 +89,13 @@ def at_least(least, kind=int):
     return number(least, LARGEST, kind)
 
 
+def below_1(text):
+    """The type of an option: a number from 0 to 1, and not 1."""
+    if share(text) == 1:
+        raise argparse.ArgumentTypeError("must be below 1")
+    return share(text)
+
+
 def demonstration(text):
     """The type of an option: "input => output"."""
     if "=>" not in text:
@@ -132,7 +139,6 @@ def plain_name(text):
 positive = at_least(1)
 finite = number(-LARGEST, LARGEST, float)
 share = number(0, 1, float)
-below_1 = number(0, 1 - 1e-9, float)
 scale = number(-1000, 1000, float)
 # So many that a single process has a chance to hold or to make them.
 seed = number(0, 2 ** 32 - 1)

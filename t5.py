@@ -16,10 +16,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, T5Config
+from transformers import (AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig,
+                          T5Config)
 from transformers.modeling_outputs import BaseModelOutput
 
 import common
+from bench import llm_files
 from common import UserError, named_file
 from config import DEFAULT_CONFIG, beside
 
@@ -32,7 +34,7 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     """(llm, tokenizer) of a T5-family checkpoint: a hub name or a local folder.
 
     Raises UserError where it cannot be found or read, is of another family, is not whole, has
-    weights that T5 does not know, or its tokenizer has no end token.
+    weights that T5 does not know or that are not finite, or where its tokenizer does not fit.
     """
     from transformers import logging as hf_logging
     hf_logging.set_verbosity_error()
@@ -45,26 +47,28 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
         raise UserError(f"{path} holds a PEFT adapter; merge it (merge_and_unload), and save the "
                         "model to another folder")
     with named_file(path, EXPECTED):
-        written = PreTrainedConfig.get_config_dict(path)[0]     # T5Config changes what it reads
-    check_family(path, written, attention)
+        written = PreTrainedConfig.get_config_dict(path)[0]     # AutoConfig changes what it reads
+        check_family(path, written, attention)
+        llm_files.check_config(path, AutoConfig.from_pretrained(path))
     tokenizer = load_tokenizer(path)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with named_file(path, EXPECTED):
         try:
             llm, loading = AutoModelForSeq2SeqLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=attention,
-                output_loading_info=True, ignore_mismatched_sizes=True)
+                path, dtype=dtype, attn_implementation=attention, trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True, return_dict=True,
+                output_attentions=False, output_hidden_states=False)
         except NotImplementedError:
             # Both of another size are left empty, and whether to tie them cannot be told.
             shape = (written.get("vocab_size"), written.get("d_model"))
             raise ValueError("shared.weight and lm_head.weight have other shapes than config.json "
                              f"says, {shape}") from None
-    mend(llm, written)
-    check_weights(path, llm, loading, written)
-    # Decoding is greedy where nothing else is asked for, whatever penalties a checkpoint has.
-    ids = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-    ids = {key: getattr(llm.generation_config, key) for key in ids}
-    llm.generation_config = GenerationConfig(**ids)
+        mend(llm, written)
+        check_weights(path, llm, loading, written)
+        llm_files.check_finite(path, llm)
+        # Decoding is greedy where nothing else is asked for, whatever penalties a checkpoint has.
+        ids = llm_files.fit_together(path, llm, tokenizer)
+        llm.generation_config = GenerationConfig(**ids)
     return llm.to(device), tokenizer
 
 
@@ -83,20 +87,16 @@ def save_all_but_weights(folder: str, llm, tokenizer) -> None:
 def load_tokenizer(path: str):
     """The checkpoint's tokenizer.
 
-    Raises UserError where it cannot be read, has no pieces or no end token.
+    Raises UserError where it cannot be read, or is none that this code can use.
     """
     from transformers import AutoTokenizer, T5Tokenizer
     with named_file(path, "it needs a tokenizer.json, or a spiece.model and the package protobuf "
                     "(requirements.txt)"):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except ValueError:              # for umT5 it knows no class that reads a spiece.model
             tokenizer = T5Tokenizer.from_pretrained(path)
-    if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:    # special tokens and a space alone
-        raise UserError(f"{path} has neither tokenizer.json nor spiece.model; copy the "
-                        "tokenizer's files there")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: its tokenizer has no end token; use a T5-family tokenizer")
+        llm_files.check_tokenizer(path, tokenizer)
     return tokenizer
 
 
@@ -118,6 +118,20 @@ def warn_of_unknown_words(tokenizer, texts: list[str]) -> None:
     unknown = unknown_words(tokenizer, texts)
     if unknown:
         print(f"warning: words the model does not know: {', '.join(unknown)}", file=sys.stderr)
+
+
+def check_knows(tokenizer, texts, what: str) -> None:
+    """Raises UserError where most tokens of these texts, or of some thousand, are the unknown one.
+
+    A model that is trained on them gets better and better at nothing.
+    """
+    texts = list(texts)
+    some = texts[::max(1, len(texts) // 1000)]
+    tokens = [token for row in tokenizer(some)["input_ids"] for token in row[:-1]] if some else []
+    unknown = tokens.count(tokenizer.unk_token_id)
+    if unknown * 2 > len(tokens):
+        raise UserError(f"{what}: {unknown} of {len(tokens)} tokens are unknown to the tokenizer; use "
+                        "a model that was made for this language, with its own tokenizer")
 
 
 def check_family(path: str, written: dict, attention: str) -> None:

@@ -729,7 +729,7 @@ def test_every_number_of_every_script_is_finite_and_bounded(module, stage):
     first = ["--instruction=a"] if module is adapt else ["--stage", stage] if stage else []
     n_numbers = 0
     for action in module.parser()._actions:
-        if getattr(action.type, "__name__", "") not in ("number", "numbers", "number_or_sigmoid"):
+        if getattr(action.type, "__name__", "") not in ("number", "below_1", "numbers", "number_or_sigmoid"):
             continue
         n_numbers += 1
         for value in NUMBERS:
@@ -744,5 +744,5 @@ def test_every_number_of_every_script_is_finite_and_bounded(module, stage):
                                   "--temperature=0", "--temperature=inf", "--steps=0", "--seed=-1", "--seed=4294967296",
                                   "--rank=99999", "--width=99999", "--text-length=2", "--bucket-steps=-1", "--tasks=1000000"])
 def test_numbers_out_of_their_range_are_refused(flag):
-    with pytest.raises(common.UserError, match=f"{flag.partition('=')[0]}.*must be a finite number from"):
+    with pytest.raises(common.UserError, match=f"{flag.partition('=')[0]}.*must be (a finite number from|below 1)"):
         train_hyper.parser().parse_args(["--stage=finetune", flag])

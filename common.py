@@ -349,12 +349,15 @@ def save_checkpoint(folder: str, record: dict, weights: dict, optimizer=None, st
     flush(folder)
 
 
+LARGEST_WEIGHT = 1e6    # a damaged bit makes larger ones, of which float32 soon makes infinite ones
+
+
 def check_finite(tensors: dict, problem: str) -> None:
-    """Raises UserError where a weight is NaN or infinite."""
+    """Raises UserError where a weight is NaN or infinite, no number at all or far too large."""
     for name, p in tensors.items():
-        if p.is_floating_point() and not p.isfinite().all():
-            raise UserError(f"{problem}: its {name} holds numbers that are not finite; go on from "
-                            "an earlier checkpoint, or train it again")
+        if not p.is_floating_point() or not (p.detach().float().abs() <= LARGEST_WEIGHT).all():
+            raise UserError(f"{problem}: its {name} holds numbers that are not finite, or beyond "
+                            f"{LARGEST_WEIGHT:.0e}; go on from an earlier checkpoint, or train it again")
 
 
 def flush(path: str) -> None:
@@ -374,9 +377,9 @@ def checkpoints_of(folder: str) -> dict[str, int]:
         if number.isdecimal():
             found[os.path.dirname(path)] = int(number)
     if os.path.isfile(f"{folder}/config.yaml"):
-        record = read_yaml(f"{folder}/config.yaml", "train this stage again with --fresh")
+        record = read_record(folder)
         if "finished" in record:                        # else it is no checkpoint
-            found[folder] = int(record.get("step") or 0)
+            found[folder] = record.get("step", 0)
     return dict(sorted(found.items(), key=lambda item: (item[1], item[0] == folder)))
 
 
@@ -385,10 +388,19 @@ def checkpoint_of(folder: str) -> str | None:
     return next(reversed(checkpoints_of(folder)), None)
 
 
+def read_record(folder: str) -> dict:
+    """A run folder's config.yaml, whose step and finished, where it has them, are what they should."""
+    path, remedy = f"{folder}/config.yaml", "it is no checkpoint, or damaged: train it again"
+    record = read_yaml(path, remedy)
+    step, finished = record.get("step", 0), record.get("finished", False)
+    if type(step) is not int or type(finished) is not bool:
+        raise UserError(f"{path}: step {str(step)[:20]}, finished {str(finished)[:20]}; {remedy}")
+    return record
+
+
 def load_options(folder: str, needs: str = "finished") -> argparse.Namespace:
     """A checkpoint's config.yaml. Raises UserError where it lacks the key that this use needs."""
-    path = f"{folder}/config.yaml"
-    values = read_yaml(path, "it is no checkpoint, or damaged: train it again")
+    path, values = f"{folder}/config.yaml", read_record(folder)
     if needs not in values:
         raise UserError(f"{path} has no {needs}: another kind of run, or damaged; name another, "
                         "or train it again")
@@ -396,15 +408,14 @@ def load_options(folder: str, needs: str = "finished") -> argparse.Namespace:
     if values.get("hypernetwork") is False:
         values["generator"] = "none"
     if "encoder_fusion" in values:
-        parts = (values["encoder_fusion"], values["decoder_fusion"])
-        names = {(True, True): "both", (True, False): "encoder", (False, True): "decoder"}
-        values["fusion"] = names.get(parts, "none")
-    return argparse.Namespace(**values)
+        parts = (values["encoder_fusion"], values.get("decoder_fusion"))
+        names = {"True, True": "both", "True, False": "encoder", "False, True": "decoder"}
+        values["fusion"] = names.get(str(parts)[1:-1], "none")
+    return argparse.Namespace(**{str(key): value for key, value in values.items()})
 
 
 def is_finished(folder: str) -> bool:
-    path = f"{folder}/config.yaml"
-    return os.path.isfile(path) and bool(read_yaml(path, "train this stage again").get("finished"))
+    return os.path.isfile(f"{folder}/config.yaml") and read_record(folder).get("finished", False)
 
 
 def load_weights(parameters: dict, folder: str, strict: bool = True) -> dict:
@@ -436,8 +447,11 @@ def resume(folder: str | None, parameters: dict, optimizer) -> int:
     """The step to go on from, parameters and optimizer filled from this checkpoint; None: 0."""
     if folder is None:
         return 0
-    step = int(load_weights(parameters, folder)["step"])
-    optimizer.load_state_dict(load_optimizer(folder, step))
+    metadata, remedy = load_weights(parameters, folder), "start over with --fresh"
+    with named_file(f"{folder}/model.safetensors", remedy):
+        step = int(metadata["step"])
+    with named_file(f"{folder}/optimizer.pt", remedy):
+        optimizer.load_state_dict(load_optimizer(folder, step))
     return step
 
 

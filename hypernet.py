@@ -26,7 +26,7 @@ import config
 import data
 import lora
 import t5
-from bench import texts
+from bench import recorded, texts
 from common import UserError
 from lora import Adapter
 
@@ -436,7 +436,8 @@ class TAGI(nn.Module):
         Raises UserError where a file is missing or is of another model, rank or set of layers.
         """
         folder = t5.checkpoint_at(folder)
-        options, device = common.load_options(folder, needs="llm_path"), config.device_of(device)
+        options = recorded.load_options(folder, recorded.OF_A_STUDENT)
+        device = config.device_of(device)
         path = t5.llm_of(folder, options, llm)
         llm, tokenizer = t5.load_llm(path, device, precision, options.attention)
         common.check_fingerprint(t5.fingerprint(llm), options.llm_fingerprint, folder, path)

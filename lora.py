@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import common
 import t5
-from bench import export
+from bench import export, recorded
 from bench.folders import new_folder
 from common import UserError
 
@@ -338,7 +338,8 @@ class Adapter:
         """What `save` wrote; a model that uses it first checks it, and takes it to its device."""
         if not os.path.isfile(f"{folder}/adapter.safetensors"):
             raise UserError(f"{folder} is no saved adapter; write one with adapt.py --save")
-        record = vars(common.load_options(folder, needs="adapter_digest"))
+        needs = ("adapter_digest", "scale", "adapted_to", *recorded.OF_A_STUDENT)
+        record = vars(recorded.load_options(folder, needs))
         with common.named_file(f"{folder}/adapter.safetensors", "save the adapter again"):
             tensors = load_file(f"{folder}/adapter.safetensors")
             if digest_of(record, tensors) != record["adapter_digest"]:
@@ -350,6 +351,7 @@ class Adapter:
             for name in [name for name in tensors if name.endswith(".lora_A")]:
                 site = name.removesuffix(".lora_A")
                 weights[site] = tensors[name], tensors[f"{site}.lora_B"]
+            check_shapes(states, mask, fusion, weights)
         return cls(weights or None, states, mask, fusion, record["scale"], record["adapted_to"],
                    record=record)
 
@@ -392,6 +394,25 @@ class Adapter:
                                 model.embedding_delta)
             finally:
                 model.unmerge()
+
+
+def check_shapes(states, mask, fusion, weights) -> None:
+    """Raises ValueError where a file's tensors are not those of one adapter; a digest has no shapes."""
+    K, S = mask.shape
+    D = states.shape[-1]
+    fine = mask.dtype == torch.bool and states.shape == (K, S, D)
+    for keys, values in fusion:
+        K_, H, S_, d_kv = keys.shape
+        fine = fine and keys.shape == values.shape == (K, H, S, d_kv)
+    for A, B in weights.values():
+        r, D_in = A.shape[1:]
+        fine = fine and A.shape == (K, r, D_in) and B.shape == (K, B.shape[1], r)
+    if not fine:
+        raise ValueError("its tensors do not belong together")
+    tensors = {"states": states} | flatten(weights)
+    for l, (keys, values) in enumerate(fusion):
+        tensors |= {f"fusion {l}, keys": keys, f"fusion {l}, values": values}
+    common.check_finite(tensors, "it is not loaded")
 
 
 def loaded(model):

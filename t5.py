@@ -65,7 +65,7 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
                              f"says, {shape}") from None
         mend(llm, written)
         check_weights(path, llm, loading, written)
-        llm_files.check_finite(path, llm)
+        common.check_finite(dict(llm.named_parameters()), f"{path} is not loaded")
         # Decoding is greedy where nothing else is asked for, whatever penalties a checkpoint has.
         ids = llm_files.fit_together(path, llm, tokenizer)
         llm.generation_config = GenerationConfig(**ids)
@@ -216,7 +216,7 @@ def finished_stage(stage: str, options, digests=None) -> str:
     if not common.is_finished(folder):
         raise UserError(f"{folder} is not finished; first run "
                         f"python train_teacher.py --stage {stage}{config_flag(options)}")
-    record = common.read_yaml(f"{folder}/config.yaml", "train this stage again")
+    record = common.read_record(folder)
     found = vars(options) | (digests or {})
     common.check_digests(found, folder, record, ["data_digest"])    # stages may read other texts
     return folder

@@ -25,7 +25,7 @@ import config
 import data
 import lora
 import t5
-from bench import optim, sample, terminal
+from bench import optim, recorded, sample, terminal
 from bench.runs import Run
 from bench.teachers import load_kl_teacher, load_teachers, svd_factors
 from common import UserError
@@ -46,18 +46,7 @@ def parser():
     p = config.Parser(__doc__)
     config.add_shared_options(p)
     config.add_training_options(p, ["pretrain", "finetune"], steps=20_000, text_length=1024)
-    add = p.add_argument_group("student").add_argument
-    add("--generator", default="attention", choices=["attention", "mean", "none"],
-        help="how instruction states become LoRA weights: by attention for each site, by the "
-             "released code's mean, or not at all (fusion alone)")
-    add("--width", type=config.width, default=128, help="the generator's width")
-    add("--bottleneck", type=config.width, default=128, help="hidden width of its MLPs")
-    add("--fusion", default="both", choices=["both", "encoder", "decoder", "none"],
-        help="Eq. 1: cross-attention in every encoder block, instruction states for the decoder")
-    add("--train-norms", default=False, **config.flag,
-        help="train gains of the student's own for the layer norms")
-    add("--train-embeddings", default=False, **config.flag,
-        help="train a change of the student's own to the embeddings")
+    recorded.add_student_options(p)
     add = p.add_argument_group("finetune").add_argument
     add("--pretrained", default=True, **config.flag, help="start from the pretrain stage")
     add("--lambda-ce", type=config.weight, default=1.0, help="weight of L_pred")
@@ -205,7 +194,7 @@ def start_from_pretrained(options, run, parameters):
     if not common.is_finished(folder):
         raise UserError(f"{folder} is not finished; first run python train_hyper.py --stage "
                         f"pretrain{t5.config_flag(options)}, or add --no-pretrained")
-    old, new = vars(common.load_options(folder)), run.record()
+    old, new = vars(recorded.load_options(folder)), run.record()
     keys = ["llm_fingerprint"]
     if options.generator != "none":             # another alpha's weights would load, rescaled
         keys += ["rank", "alpha", "targets", "generator", "width", "bottleneck"]

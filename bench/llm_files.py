@@ -4,7 +4,6 @@ Transformers makes a model of whatever config.json says: of sizes that fill the 
 start token that is not there, or with weights that are no numbers.
 """
 import glob
-import math
 import os
 
 from safetensors import safe_open
@@ -65,14 +64,6 @@ def check_types(file: str) -> None:
             if kind not in FLOATS:
                 raise UserError(f"{file}: {name} is of type {kind}; save the weights as float32 or "
                                 "bfloat16, not quantised")
-
-
-def check_finite(path: str, llm) -> None:
-    """Raises UserError where a weight is NaN or infinite."""
-    for name, p in llm.named_parameters():
-        if not math.isfinite(p.detach().float().abs().max().item()):
-            raise UserError(f"{path}: its {name} holds numbers that are not finite; restore the "
-                            "weights")
 
 
 def check_tokenizer(path: str, tokenizer) -> None:

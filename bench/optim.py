@@ -58,6 +58,32 @@ class Optimizers:
         parts = state["parts"] if "parts" in state else [state]
         for part, its in zip(self.parts, parts, strict=True):
             part.load_state_dict({**its, "param_groups": part.state_dict()["param_groups"]})
+            check_state(part)
+
+
+# Optimizer -> what it may keep of a parameter.
+STATES = {"AdamW": [{"step", "exp_avg", "exp_avg_sq"}], "Muon": [{"momentum_buffer"}],
+          "Adafactor": [{"step", "row_var", "col_var"}, {"step", "variance"}]}
+SQUARES = ("step", "exp_avg_sq", "row_var", "col_var", "variance")
+
+
+def check_state(optimizer) -> None:
+    """Raises ValueError where it does not hold for every parameter what a step left there."""
+    parameters = {p for group in optimizer.param_groups for p in group["params"]}
+    if parameters != set(optimizer.state):
+        raise ValueError("it is of other parameters")
+    for p, state in optimizer.state.items():
+        if set(state) not in STATES[type(optimizer).__name__]:
+            raise ValueError(f"it is no {type(optimizer).__name__}'s")
+        for name, value in state.items():
+            if not torch.is_tensor(value) or not value.is_floating_point():
+                raise ValueError(f"its {name} holds no numbers")
+            shape = () if name == "step" else p.shape
+            if torch.broadcast_shapes(value.shape, shape) != shape:
+                raise ValueError(f"a parameter {tuple(p.shape)} has {name} {tuple(value.shape)}")
+            smallest = 0 if name in SQUARES else -math.inf
+            if not (value.isfinite() & (value >= smallest)).all():
+                raise ValueError(f"{name} holds numbers that it cannot have")
 
 
 class Muon(torch.optim.Optimizer):

@@ -11,7 +11,7 @@ import torch
 import common
 import config
 import t5
-from bench import machine
+from bench import machine, recorded
 from bench.folders import (is_ours, publish, remove_ours, save_step, sweep,
                            teacher_folder)
 from bench.watch import Watch
@@ -48,7 +48,7 @@ class Run:
         if not options.fresh:
             self.source = common.checkpoint_of(folder)
         if self.source is not None:
-            self.before = vars(common.load_options(self.source))
+            self.before = vars(recorded.load_options(self.source, ("finished", "step")))
         self.finished = self._is_done()
         if self.finished:
             return

@@ -11,6 +11,7 @@ import common
 import config
 import lora
 import t5
+from bench import recorded
 from bench.folders import remove_ours, teacher_folder
 from common import UserError
 from hypernet import TAGI
@@ -37,7 +38,7 @@ def check_teachers(folder: str, teachers: list[str], expected: dict, command: st
         path = teacher_folder(folder, teacher)
         if not common.is_finished(path):
             raise UserError(f"{path}: no LoRA teacher for {teacher}; first run {command}")
-        record = vars(common.load_options(path, "llm_fingerprint"))
+        record = vars(recorded.load_options(path, ("llm_fingerprint",)))
         config.check_fits(expected, path, record, ("rank", "alpha"),
                           "the frozen LLM's folder", f"train again: {command} --fresh")
 
@@ -53,7 +54,7 @@ def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: di
     stacked = lora.init_weights(llm, expected["rank"], 0, len(teachers))
     for n, teacher in enumerate(teachers):
         path = teacher_folder(folder, teacher)
-        common.check_digests(expected, path, vars(common.load_options(path)))
+        common.check_digests(expected, path, vars(recorded.load_options(path)))
         common.load_weights(lora.flatten(lora.select(stacked, n)), path)
     return stacked
 
@@ -98,14 +99,14 @@ def find_progress(folder: str, teachers: list[str]) -> dict[str, tuple[int, str,
         checkpoint = common.checkpoint_of(group)
         if checkpoint is None:
             continue
-        record = common.load_options(checkpoint, "teachers")
+        record = recorded.load_options(checkpoint, ("teachers", "lost", "step"))
         for row, teacher in enumerate(record.teachers):
             if teacher not in record.lost and record.step > found.get(teacher, (0,))[0]:
                 found[teacher] = record.step, checkpoint, row
     for teacher in teachers:
         own = teacher_folder(folder, teacher)
         if common.is_finished(own):
-            step = common.load_options(own).step
+            step = recorded.load_options(own, ("finished", "step")).step
             if step >= found.get(teacher, (0,))[0]:
                 found[teacher] = step, own, None
     return found
@@ -127,7 +128,7 @@ def load_rows(sources: list[tuple], parameters: dict, optimizer) -> None:
         with common.named_file(folder, "start over with --fresh"), torch.no_grad():
             for name, p in parameters.items():
                 p[u].copy_(weights[name] if row is None else weights[name][row])
-        states.append(state if row is None else state_of(state, row))
+            states.append(state if row is None else state_of(state, row))
     with common.named_file(folder, "start over with --fresh"):
         optimizer.load_state_dict(joined(states))
 

@@ -226,6 +226,16 @@ def write_training_tasks(folder: str, tasks: list[Task]) -> None:
     common.write_text(f"{folder}/training_tasks.json", text)
 
 
+def texts_of(tasks: list[Task]) -> list[str]:
+    """Of each task a definition, of its instances all that is read and an answer."""
+    texts = []
+    for task in tasks:
+        texts.append(task.definitions[0])
+        for x in task.instances:
+            texts += [x.prompt or x.input, x.outputs[0]]
+    return texts
+
+
 def read_documents(path: str) -> list[str]:
     """The documents of at least three words in a file: one a line, plain or JSON lines with "text".
 

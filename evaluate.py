@@ -105,6 +105,7 @@ class Loaded:
         tagi = TAGI.load(self.checkpoint, o.device, o.precision, llm).requires_grad_(False)
         if llm and tagi.options.llm == "meta":
             o.meta_model = llm
+        t5.check_knows(tagi.tokenizer, data.texts_of(self.tasks), o.data)
         return tagi
 
     def llm(self, path):

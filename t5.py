@@ -120,13 +120,12 @@ def warn_of_unknown_words(tokenizer, texts: list[str]) -> None:
         print(f"warning: words the model does not know: {', '.join(unknown)}", file=sys.stderr)
 
 
-def check_knows(tokenizer, texts, what: str) -> None:
-    """Raises UserError where most tokens of these texts, or of some thousand, are the unknown one.
+def check_knows(tokenizer, texts: list[str], what: str) -> None:
+    """Raises UserError where most tokens of these texts, or of hundreds of them, are unknown.
 
     A model that is trained on them gets better and better at nothing.
     """
-    texts = list(texts)
-    some = texts[::max(1, len(texts) // 1000)]
+    some = texts[::max(1, len(texts) // 300)]
     tokens = [token for row in tokenizer(some)["input_ids"] for token in row[:-1]] if some else []
     unknown = tokens.count(tokenizer.unk_token_id)
     if unknown * 2 > len(tokens):

@@ -100,6 +100,7 @@ def pretrain_batches(options, tagi, n_micro):
     """Text cut at random into a | b | c: K instructions, K inputs, K targets."""
     documents = data.read_documents(options.text)
     tokenizer, device = tagi.tokenizer, options.device
+    t5.check_knows(tokenizer, documents, options.text)
     n = options.tasks * options.instances
 
     def draws(step, micro):
@@ -355,6 +356,7 @@ def train(options, run):
         get_batch = pretrain_batches(options, tagi, n_micro)
     else:
         tasks = data.training_tasks(options)
+        t5.check_knows(tagi.tokenizer, data.texts_of(tasks), options.data)
         get_batch, names = finetune_batches(options, tagi, n_micro, tasks)
         if aligns(options) or (options.lambda_kl and options.kl_teacher == "lora"):
             command = f"python train_teacher.py --stage lora{t5.config_flag(options)}"

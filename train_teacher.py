@@ -170,6 +170,7 @@ def train_meta(options, run):
     llm, tokenizer = t5.load_llm(path, options.device, attention=options.attention)
     run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
     tasks = data.training_tasks(options)
+    t5.check_knows(tokenizer, data.texts_of(tasks), options.data)
     draws, restart = mixed_draws(tasks, options), 0.0
     if options.curriculum:                      # for a T5 made from nothing, see below
         draws = curriculum.curriculum_draws(tasks, options)
@@ -187,6 +188,7 @@ def train_lora_all(options, run):
     # All ranks train it together, on batches like finetuning's; a LoRA teacher has one rank.
     llm, tokenizer, path = load_frozen_llm(options, run)
     tasks = data.training_tasks(options)
+    t5.check_knows(tokenizer, data.texts_of(tasks), options.data)
     weights = lora.init_weights(llm, options.rank, options.seed)    # site -> (r, D_in), (D_out, r)
     lora.set_weights(llm, weights)
     parameters = lora.flatten(weights)
@@ -227,7 +229,9 @@ def train_lora(options, run):
     """LoRA teachers, several side by side; ranks share out the groups, without any traffic."""
     llm, tokenizer, path = load_frozen_llm(options, run)
     tasks_of = {}                               # teacher -> its tasks
-    for task in data.training_tasks(options):
+    tasks = data.training_tasks(options)
+    t5.check_knows(tokenizer, data.texts_of(tasks), options.data)
+    for task in tasks:
         tasks_of.setdefault(data.teacher_of(task, options.unit), []).append(task)
     # Groups of --teachers-at-once, or smaller ones where a rank would have nothing to do.
     teachers, size = sorted(tasks_of), options.teachers_at_once
@@ -389,6 +393,7 @@ def train_base(options, run):
     run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
     # Each document is cut in two: the encoder reads the first part, the rest is the target.
     documents = data.read_documents(options.text)
+    t5.check_knows(tokenizer, documents, options.text)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     n = options.tasks * options.instances
 

@@ -121,15 +121,20 @@ def warn_of_unknown_words(tokenizer, texts: list[str]) -> None:
 
 
 def check_knows(tokenizer, texts: list[str], what: str) -> None:
-    """Raises UserError where most tokens of these texts, or of hundreds of them, are unknown.
+    """Raises UserError where most characters of these texts, or of hundreds of them, are unknown.
 
-    A model that is trained on them gets better and better at nothing.
+    A model that is trained on unknown tokens gets better and better at nothing.
     """
-    some = texts[::max(1, len(texts) // 300)]
-    tokens = [token for row in tokenizer(some)["input_ids"] for token in row[:-1]] if some else []
-    unknown = tokens.count(tokenizer.unk_token_id)
-    if unknown * 2 > len(tokens):
-        raise UserError(f"{what}: {unknown} of {len(tokens)} tokens are unknown to the tokenizer; use "
+    known = total = 0
+    for text in texts[::max(1, len(texts) // 300)]:
+        row, n = tokenizer(text)["input_ids"], len("".join(text.split()))
+        total += n
+        if tokenizer.unk_token_id in row:
+            its = [token for token in row[:-1] if token != tokenizer.unk_token_id]
+            n = sum(len(piece.strip("\u2581")) for piece in tokenizer.convert_ids_to_tokens(its))
+        known += n
+    if known < total / 2:
+        raise UserError(f"{what}: the tokenizer knows {known / total:.0%} of the characters there; use "
                         "a model that was made for this language, with its own tokenizer")
 
 

@@ -71,8 +71,8 @@ def check_tokenizer(path: str, tokenizer) -> None:
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:    # special tokens and a space alone
         raise UserError(f"{path} has neither tokenizer.json nor spiece.model; copy the "
                         "tokenizer's files there")
-    for name in ("end", "padding"):
-        if getattr(tokenizer, {"end": "eos_token_id", "padding": "pad_token_id"}[name]) is None:
+    for name, token in (("end", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
+        if token is None:
             raise UserError(f"{path}: its tokenizer has no {name} token; use a T5-family tokenizer")
     for text in ("Input: a.", "\u00bd \ud7a3"):         # some fail at what they do not know
         ids = tokenizer(text)["input_ids"]
@@ -92,10 +92,10 @@ def fit_together(path: str, llm, tokenizer) -> dict:
         raise UserError(f"{path}: its tokenizer has tokens up to number {largest}, its model only "
                         f"{n_rows} embeddings; use the tokenizer that the model was trained with")
     # Training starts with the one, generation with the other.
-    start = llm.config.decoder_start_token_id
+    start = getattr(llm.config, "decoder_start_token_id", None)
     if start is None:
-        start = llm.generation_config.decoder_start_token_id
-    if not isinstance(start, int) or not 0 <= start < n_rows:
+        start = getattr(llm.generation_config, "decoder_start_token_id", None)
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < n_rows:
         raise UserError(f"{path}: its decoder_start_token_id is {start}; config.json needs one "
                         f"from 0 to {n_rows - 1} (T5's is 0)")
     ids = {"decoder_start_token_id": start, "eos_token_id": tokenizer.eos_token_id,

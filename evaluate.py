@@ -2,9 +2,9 @@
 
 Launch:
     python evaluate.py                                      # the built-in suite
-    python evaluate.py --bench sni --checkpoint DIR         # Super-NaturalInstructions
+    python evaluate.py --checkpoint DIR                     # what it was trained for
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint DIR    # the same, on several GPUs
     python evaluate.py --bench sni --data DIR --rows copy_input,copy_demo
-    python evaluate.py --bench p3 --checkpoint DIR          # T0's held-out tasks
     python evaluate.py --rescore predictions.jsonl --references test_references.jsonl
     python evaluate.py --ablations                          # of what bench/ablations.sh trained
     python evaluate.py --probe                              # does the instruction matter?
@@ -13,27 +13,28 @@ Here is who answers each row of the table, and what it reads: TAGI the input alo
 made from the task's instruction, another's or an empty one; an LLM the instruction with every
 input, or the input alone. bench/ keeps, scores and tells the answers.
 """
-import argparse
 import functools
 import itertools
-import json
 import os
 
 import common  # before PyTorch: Ctrl-C
 import torch
 from tqdm import tqdm
+from transformers import LogitsProcessorList
 
 import config
 import data
 import lora
 import t5
-from bench import cost, machine, p3, predictions, probe, report, sample, terminal
-from bench.predictions import HEURISTICS, UNSEEN_WORDING
+from bench import cost, kept, machine, p3, predictions, probe, report, sample, terminal
+from bench.kept import Kept
+from bench.loaded import Loaded
+from bench.predictions import HEURISTICS
 from bench.report import ROWS
 from bench.rouge import rouge_l     # noqa: F401  for those who import it from here
 from bench.teachers import load_teachers
 from common import UserError
-from hypernet import TAGI
+from hypernet import TAGI           # noqa: F401  as that
 
 TASKS_AT_ONCE = 16                              # whose adapters are held at a time
 COST_INSTANCES = 100                            # of a task whose cost is measured
@@ -46,8 +47,9 @@ def parser():
     config.add_shared_options(p)
     add = p.add_argument_group("evaluation").add_argument
     add("--bench", choices=["sample", "sni", "p3"],
-        help="sample (default): the built-in suite, exact match counts every sign; sni: scored as "
-             "its official script does; p3: the likeliest answer choice is the answer")
+        help="sample: the built-in suite, exact match counts every sign; sni: tasks in "
+             "Super-NaturalInstructions' layout, scored as its official script does; p3: the "
+             "likeliest answer choice is the answer; default: what the checkpoint was trained for")
     add("--checkpoint", type=config.beside,
         help="folder of a finetuned TAGI, whose own options are the defaults of --data, --runs "
              "and the like; default: finetune under --runs")
@@ -61,7 +63,12 @@ def parser():
     add("--batch-size", type=config.many,
         help="instances answered at a time; default: 250 for the built-in suite, else 20")
     add("--out", type=config.path,
-        help="folder for the results; default: evaluate under --runs, or probe")
+        help="folder for the results; default: evaluate under --runs, or probe, and evaluate-2, .. "
+             "where that holds those of other data, instances or models")
+    add("--cost", default=True, **config.flag,
+        help="measure what the rows cost, where tagi and meta are among them")
+    add("--timeout", type=config.at_least(0.01, config.finite), default=30.0,
+        help="minutes after which a process that does nothing ends all of them")
     add = p.add_argument_group("predictions that are there").add_argument
     add("--rescore", type=config.path,
         help="score a file of JSON lines with id and prediction; needs no model; default: none")
@@ -78,135 +85,6 @@ def parser():
         help="for --probe: a JSON file of {task name: its paraphrase}; default: the built-in "
              "suite's, or a task's second definition")
     return p
-
-
-# ------------------------------------------------------------------------------ tasks and models
-
-class Loaded:
-    """Tasks and models, each loaded when a row first needs it; options: evaluate.py's."""
-
-    def __init__(self, options):
-        o = self.options = options
-        if o.bench == "p3":
-            self.tasks = data.load_p3(o.data, o.split, o.eval_instances, o.p3_input)
-        else:
-            self.tasks = data.load_sni(o.data, o.split, o.eval_instances,
-                                       allow_missing=o.allow_missing)
-        self.other = ("", None)                 # the path that `llm` loaded last, and its LLM
-
-    @functools.cached_property
-    def checkpoint(self) -> str:
-        return checkpoint_of(self.options)
-
-    @functools.cached_property
-    def tagi(self) -> TAGI:
-        o = self.options
-        llm = o.llm and t5.llm_path(o)          # None: where the checkpoint has it
-        tagi = TAGI.load(self.checkpoint, o.device, o.precision, llm).requires_grad_(False)
-        if llm and tagi.options.llm == "meta":
-            o.meta_model = llm
-        t5.check_knows(tagi.tokenizer, data.texts_of(self.tasks), o.data)
-        return tagi
-
-    def llm(self, path):
-        """Another LLM beside the frozen one, one at a time; None where it is the frozen one."""
-        if self.other[0] != path:
-            self.other = ("", None)             # makes room
-            o, frozen = self.options, self.tagi.options
-            llm, tokenizer = t5.load_llm(path, "cpu", o.precision, frozen.attention)
-            if tokenizer.get_vocab() != self.tagi.tokenizer.get_vocab():
-                raise UserError(f"{path} has another vocabulary than the frozen LLM; name a "
-                                "checkpoint that shares it, or leave its row out with --rows")
-            same = t5.fingerprint(llm) == frozen.llm_fingerprint
-            self.other = (path, None if same else llm.to(o.device).requires_grad_(False))
-        return self.other[1]
-
-    def teachers_of(self, row) -> tuple[str, str, str]:
-        """(folder of the LoRA teachers, what there is one for, the command that makes them)."""
-        stage, unit = "lora-all", "all"
-        if row == "teachers":
-            stage, unit = "lora", self.tagi.options.unit
-        command = f"python train_teacher.py --stage {stage}{t5.config_flag(self.options)}"
-        return os.path.join(self.options.runs, stage), unit, command
-
-    @staticmethod
-    def teacher_names(tasks, unit) -> list[str]:
-        return sorted({data.teacher_of(task, unit) for task in tasks})
-
-    def tasks_of(self, row) -> list:
-        if row == "teachers":
-            return self.held_out
-        return self.reworded if row in UNSEEN_WORDING else self.tasks
-
-    @property
-    def has_unseen_wording(self) -> bool:
-        split = self.options.split + "_unseen_wording"
-        return os.path.isfile(data.split_file(self.options.data, split))
-
-    @functools.cached_property
-    def reworded(self) -> list:
-        o = self.options
-        return data.load_sni(o.data, o.split + "_unseen_wording", o.eval_instances)
-
-    @functools.cached_property
-    def held_out(self) -> list:
-        """About a hundred training tasks, with instances that no teacher was trained on."""
-        folder, _, command = self.teachers_of("teachers")
-        if not os.path.isdir(folder):
-            raise UserError(f"{folder}: no LoRA teachers; first run {command}")
-        # What the teachers were trained on, whatever is asked for now.
-        used = common.load_options(folder, "max_instances").max_instances
-        tasks = data.training_tasks(self.options, 10, skip=used)
-        if not tasks:
-            raise UserError(f"no training task in {self.options.data} has more than the {used} "
-                            f"instances that {folder} was trained on (--max-instances), so none "
-                            "are held out; choose --rows without teachers")
-        return tasks[::max(1, len(tasks) // 100)]
-
-    @functools.cached_property
-    def givers(self) -> dict:
-        """{task name: the task whose instruction it is given instead of its own}."""
-        if len(self.tasks) == 1:
-            return {}
-        others = predictions.of_another_kind(self.tasks)
-        return dict(zip([task.name for task in self.tasks], others))
-
-    def training_data(self, record: dict) -> dict:
-        """The digest of the training tasks that are there now, made as that in the record was."""
-        made = {"data": self.options.data, "format": self.options.format,
-                "allow_missing": record.get("allow_missing", False)}
-        return made | data.tasks_digest(argparse.Namespace(**made))
-
-    def check_training_tasks(self) -> None:
-        """Refuse another tokenizer, changed training tasks, and tasks that were trained on."""
-        o, trained = self.options, self.tagi.options
-        found = {"tokenizer_digest": t5.tokenizer_digest(self.tagi.tokenizer)}
-        # Another folder holds own tasks, or a copy, perhaps of a part.
-        if os.path.realpath(o.data) == os.path.realpath(trained.data):
-            found |= self.training_data(vars(trained))
-        common.check_digests(found, self.checkpoint, vars(trained))
-        names = data.names_and_definitions(self.tasks)
-        for model in (self.checkpoint, self.tagi.llm_path):
-            path = f"{model}/training_tasks.json"
-            if o.split == "train" or not os.path.isfile(path):
-                continue
-            with common.named_file(path, "train this stage again"), open(path) as f:
-                known = predictions.known_tasks(names, json.load(f))
-            if known:
-                raise UserError(f"{model} was trained on {len(known)} of the {len(self.tasks)} "
-                                f"{o.split} tasks in {o.data}: {', '.join(known[:3])} …; evaluate "
-                                "it on the data that it is for")
-
-
-def checkpoint_of(options) -> str:
-    folder = options.checkpoint or os.path.join(options.runs, "finetune")
-    if options.checkpoint and not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder; --checkpoint names one that train_hyper.py "
-                        "--stage finetune wrote")
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such checkpoint; first run python train_hyper.py "
-                        f"--stage finetune{t5.config_flag(options)}")
-    return folder
 
 
 # --------------------------------------------------------------------- who answers, reading what
@@ -260,10 +138,12 @@ def student(loaded, adapters, tasks, limits):
         rows = adapters if len(adapters) == 1 else adapters.select(index)
         inputs = [x.input if x.input.strip() else "." for _, x in pairs]    # "" is read as "."
         if o.bench != "p3":
-            return tagi.generate(inputs, rows, batch_size=len(pairs), **limits)
+            finite = LogitsProcessorList([predictions.RefuseNaN(pairs)])
+            return tagi.generate(inputs, rows, batch_size=len(pairs), logits_processor=finite,
+                                 **limits)
         choices = [x.choices for _, x in pairs]
         scores = tagi.score_choices(inputs, choices, rows, len(pairs), o.normalize, **limits)
-        return predictions.likeliest(choices, scores)
+        return predictions.likeliest(pairs, scores)
     return answer
 
 
@@ -285,15 +165,15 @@ def reader(loaded, demos, limits, llm=None, teachers=None):
             else:
                 text = x.prompt or x.input
                 items.append((task.definitions[0], task.demonstrations[:demos], text))
-        return ask(loaded, items, [x.choices for _, x in pairs], limits, llm, weights)
+        return ask(loaded, items, pairs, limits, llm, weights)
     return answer
 
 
 @torch.no_grad()
-def ask(loaded, items, choices, limits, llm=None, weights=None) -> list[str]:
-    """What a plain LLM answers to N (definition, demonstrations, input) items.
+def ask(loaded, items, pairs, limits, llm=None, weights=None) -> list[str]:
+    """What a plain LLM answers to N (definition, demonstrations, input) items of N pairs.
 
-    For P3 the likeliest of each item's choices, else what it generates greedily. weights: of
+    For P3 the likeliest of each pair's choices, else what it generates greedily. weights: of
     LoRA, (r, D_in) and (D_out, r) for all items or (N, r, D_in) and (N, D_out, r).
     """
     o, tagi = loaded.options, loaded.tagi
@@ -303,49 +183,49 @@ def ask(loaded, items, choices, limits, llm=None, weights=None) -> list[str]:
         lora.set_weights(frozen, weights)
         llm = llm or frozen
         if o.bench != "p3":
+            finite = LogitsProcessorList([predictions.RefuseNaN(pairs)])
             out = llm.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
-                               **limits)
+                               logits_processor=finite, **limits)
             return tagi.tokenizer.batch_decode(out, skip_special_tokens=True)
         encoded = llm.get_encoder()(input_ids=ids, attention_mask=mask)[0]      # (N, T, D)
+        choices = [x.choices for _, x in pairs]
         labels, owner = data.choice_labels(tagi.tokenizer, choices, limits["max_new_tokens"],
                                            ids.device)                          # (M, C), (M,)
         if weights is not None and next(iter(weights.values()))[0].dim() == 3:
             lora.set_weights(frozen, lora.select(weights, owner))               # (M, r, D_in), ..
         scores = t5.score_choices(llm, encoded, mask, labels, owner, o.normalize)
-    return predictions.likeliest(choices, scores)
+    return predictions.likeliest(pairs, scores)
 
 
-def predict(loaded, row, demos, done, file, tasks=None, name=None) -> list[dict]:
-    """One row's predictions, in the order of its tasks; those not in `done` are made and written.
+def predict(loaded, row, demos, answers, tasks=None, name=None) -> None:
+    """Answer this process's share of a row's instances that `answers`, a Kept, lacks.
 
-    done: {(row, demos, task, id): prediction}; new ones are added. With `tasks` those are answered
-    as the row's, under a name of their own.
+    Batches are those that one process forms when nothing is there, and are shared out whole: their
+    padding, and so the answers, do not depend on how many there are or where it was stopped. With
+    `tasks` those are answered as the row's, under a name of their own.
     """
-    o, records = loaded.options, []
-    tasks, name = tasks or loaded.tasks_of(row), name or ROWS[row]
-    bar = tqdm(total=sum(len(task.instances) for task in tasks), disable=None, leave=False,
-               desc=f"{name}, {report.SETTINGS[demos]}", dynamic_ncols=True)
-    for group in data.batches(tasks, TASKS_AT_ONCE):
-        keys, todo = [], []
-        for task, x in [(task, x) for task in group for x in task.instances]:
-            keys.append((name, demos, task.name, x.id))
-            if keys[-1] not in done:
-                todo.append((task, x))
-        bar.update(len(keys) - len(todo))
-        if todo:
+    o, name = loaded.options, name or ROWS[row]
+    shares = []                                 # (tasks whose adapters are held, batches of them)
+    for group in data.batches(tasks or loaded.tasks_of(row), TASKS_AT_ONCE):
+        pairs, todo = [(task, x) for task in group for x in task.instances], []
+        for batch in data.batches(pairs, o.batch_size):
+            if any((name, demos, task.name, x.id) not in answers.done for task, x in batch):
+                todo.append(batch)
+        shares.append((group, loaded.share(todo)))
+    bar = tqdm(total=sum(len(batch) for _, batches in shares for batch in batches), leave=False,
+               disable=None if loaded.rank == 0 else True, dynamic_ncols=True,
+               desc=f"{name}, {report.SETTINGS[demos]}{loaded.told}")
+    for group, batches in shares:
+        if batches:
             answer = answerer(loaded, row, demos, group, {"max_new_tokens": o.max_output})
-        for batch in data.batches(todo, o.batch_size):
-            for (task, x), text in zip(batch, answer(batch), strict=True):
-                record = {"bench": o.bench, "row": name, "demos": demos, "id": x.id,
-                          "task": task.name, "category": task.category,
-                          "prediction": text, "references": x.outputs}
-                done[name, demos, task.name, x.id] = record
-                file.write(json.dumps(record) + "\n")
-            file.flush()
+        for batch in batches:
+            texts, records = answer(batch), []
+            for (task, x), text in zip(batch, texts, strict=True):
+                if (name, demos, task.name, x.id) not in answers.done:
+                    records.append(predictions.record_of(o.bench, name, demos, task, x, text))
+            answers.append(records)
             bar.update(len(batch))
-        records += [done[key] for key in keys]
     bar.close()
-    return records
 
 
 # ------------------------------------------------------------------------------------------- cost
@@ -382,77 +262,96 @@ def way(loaded, row, demos, pairs, size, limits):
 
 # ------------------------------------------------------------------------------------------- main
 
-def load(options) -> Loaded:
+def load(options, rank: int, world: int) -> Loaded:
     """Tasks and models. Raises UserError where benchmark, data and model are of two kinds."""
-    sample.ensure_suite(options.data)
+    sample.ensure_suite(options.data, rank)
+    common.wait_for_all_ranks()                 # rank 0 may be writing it
+    options.bench = options.bench or predictions.bench_for(options)
     if options.bench == "sni" and options.data == sample.SUITE:
         raise UserError(f"--bench sni needs --data, a folder in its layout: {data.GET_SNI}")
     if (options.bench == "p3") != (options.format == "p3"):
         raise UserError(f"--bench {options.bench} with --format {options.format}: a model reads P3 "
                         "as it was trained to; name a checkpoint or config of the other kind, or "
                         "another --bench")
-    return Loaded(options)
+    options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
+    options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
+    return Loaded(options, rank, world)
 
 
-def run(options) -> dict:
-    """What results.json holds: each row at Def and Def + 2 Pos, answered, scored, and its cost."""
-    loaded, bench, split, out = load(options), options.bench, options.split, options.out
+def run(options, rank: int, world: int) -> None:
+    """Answer each row at Def and Def + 2 Pos, score it, measure its cost; write and print them."""
+    loaded = load(options, rank, world)
     wanted = predictions.chosen_rows(loaded, loaded.has_unseen_wording)
     if set(wanted) - HEURISTICS:
         loaded.check_training_tasks()
     sources = predictions.sources_of(loaded, wanted)
-    done = predictions.open_predictions(out, vars(options), sources, options.fresh)
-    settings = (0,) if bench == "p3" else tuple(report.SETTINGS)
-    results, published = [], []
-    with predictions.kept(out) as file:
-        for row, demos in itertools.product(wanted, settings):
-            records = predict(loaded, row, demos, done, file)
-            scores = report.score(ROWS[row], demos, records, strict=bench != "sni")
-            results.append({"key": row} | scores)
-    if {"tagi", "meta"} <= set(wanted):                 # all costs are told relative to meta's
-        costs = measure_costs(loaded, wanted, settings)
-        for result in results:
-            result |= costs.get(result["demos"], {}).get(result["key"], {})
-    if bench == "p3":
-        tasks, listed = {task.category for task in loaded.tasks}, len(p3.TEST)
+    options.out = options.out or kept.place(os.path.join(options.runs, "evaluate"), sources, rank)
+    settings = (0,) if options.bench == "p3" else tuple(report.SETTINGS)
+    asked = list(itertools.product(wanted, settings))
+    with Kept(options, sources, rank, world) as answers:
+        for row, demos in asked:
+            predict(loaded, row, demos, answers)
+        keys = []
+        for row, demos in asked:
+            keys += predictions.keys_of(ROWS[row], demos, loaded.tasks_of(row))
+        if not answers.gather(keys):
+            return                                      # the rest is for one process
+        scores = []
+        for row, demos in asked:
+            records = answers.records(ROWS[row], demos, loaded.tasks_of(row))
+            its = report.score(ROWS[row], demos, records, strict=options.bench != "sni")
+            scores.append({"key": row} | its)
+        results = kept.earlier_results(options.out)
+        results = describe(loaded, wanted, results) | {"results": report.join(results, scores)}
+        report.write(results, options.out)
+        if options.cost and {"tagi", "meta"} <= set(wanted):    # all are told relative to meta's
+            costs = measure_costs(loaded, [r["key"] for r in results["results"]], settings)
+            for result in results["results"]:
+                result |= costs.get(result["demos"], {}).get(result["key"], {})
+            report.write(results, options.out)
+    report.tell(results, options.out, options.checkpoint or f"{options.runs}/finetune")
+
+
+def describe(loaded, wanted: list[str], before: dict) -> dict:
+    """What results.json says beside the rows. before: what it held of the same question."""
+    options, published = loaded.options, before.get("published", [])
+    if options.bench == "p3":
+        tasks, listed = {task.category for task in loaded.tasks}, list(p3.TEST)
         published = report.published_p3(loaded.tagi.llm.config)
     else:
-        tasks, listed = loaded.tasks, len(data.listed_tasks(options.data, split))
-        if bench == "sni" and set(wanted) - HEURISTICS:
+        tasks, listed = loaded.tasks, data.listed_tasks(options.data, options.split)
+        official = options.bench == "sni" and report.is_official(options.split, listed)
+        if official and set(wanted) - HEURISTICS:
             published = report.published_sni(loaded.tagi.llm.config)
-    return {"bench": bench, "split": split, "tasks": len(tasks), "listed": listed,
-            "results": results, "published": published, "versions": machine.versions()}
+    return {"bench": options.bench, "split": options.split, "tasks": len(tasks),
+            "listed": len(listed), "published": published, "versions": machine.versions()}
 
 
 @common.command
 @terminal.printing
 def main(argv=None):
+    argv = predictions.with_checkpoint(parser(), argv)
     options = config.parse(parser(), "evaluate", argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("evaluation is one process; start it with python evaluate.py")
     if options.references and not options.rescore:
         raise UserError("--references belongs to --rescore FILE; name the predictions too")
     if options.paraphrases and not options.probe:
         raise UserError("--paraphrases belongs to --probe; name that too")
     if options.probe:
         config.refuse(argv, probe.NOT_WITH, "--probe says by itself who answers what")
-    if not options.rescore and not options.ablations:
-        config.refuse(argv, config.OF_A_CHECKPOINT, "an evaluation takes it from the checkpoint")
+    if options.rescore or options.ablations:
+        if common.launched_processes() > 1:
+            raise UserError("--rescore and --ablations need one process: python evaluate.py")
+        if options.ablations:
+            return report.tell_ablations(options.runs, options.split)
+        return kept.rescore(options)
+    config.refuse(argv, config.OF_A_CHECKPOINT, "an evaluation takes it from the checkpoint")
     if not config.given(argv, ["llm"]):
         options.llm = None                      # the checkpoint's own
-    if options.ablations:
-        return report.tell_ablations(options.runs, options.split)
-    if options.rescore:
-        results = predictions.rescore(options.rescore, options.references, options.bench)
-        return report.tell(results, options.out)
-    options.bench = options.bench or "sample"
-    options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
-    options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
-    folder = "probe" if options.probe else "evaluate"
-    options.out = options.out or os.path.join(options.runs, folder)
-    if options.probe:
-        return probe.run(load(options), predict)
-    report.tell(run(options), options.out)
+    rank, world = common.init_processes(options.device, options.timeout)
+    with kept.stoppable(options, rank):
+        if options.probe:
+            return probe.run(load(options, rank, world), predict)
+        run(options, rank, world)
 
 
 if __name__ == "__main__":

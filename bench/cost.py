@@ -8,27 +8,33 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 # Rows that are measured, and those that compute just what another row does.
 MEASURED = ("meta", "no_instruction", "teachers", "tagi", "tagi_shuffled", "tagi_empty")
 SAME = {"meta_lora": "teachers", "no_finetuning": "meta"}
 
 
-def measure(ways: list[dict], n: int, repeats: int) -> dict:
+def measure(ways: list[dict], n: int, repeats: int, told: str = "") -> dict:
     """{row: {"flops": .., "ms": ..}} of one instance: FLOPs a mean over tasks, time a median.
 
     ways: for every task {row: a function of no arguments that answers n of its instances}. Each
     is run once to count its FLOPs, which also warms up. Then all rows take turns, so that whatever
-    else the machine does slows all of them alike.
+    else the machine does slows all of them alike. told: what is measured, for the progress bar.
     """
     flops = {row: [] for row in ways[0]}                # row -> a number for each task
     seconds = {row: [] for row in ways[0]}              # row -> one for each task and repeat
+    bar = tqdm(total=len(ways) * len(ways[0]) * (1 + repeats), desc=f"cost{told}", leave=False,
+               disable=None, dynamic_ncols=True)
     for task in ways:
         for row, run in task.items():
             flops[row].append(count_flops(run))
+            bar.update(1)
         for _ in range(repeats):
             for row, run in task.items():
                 seconds[row].append(timed(run))
+                bar.update(1)                           # between two timings
+    bar.close()
     costs = {}
     for row in ways[0]:
         ms = 1000 * float(np.median(seconds[row]))
@@ -131,7 +137,8 @@ def of_rows(loaded, wanted, settings, n: int, repeats: int, way, texts) -> dict:
                 instruction = task.definitions[0], task.demonstrations[:demos]
                 inputs = [x.input for _, x in pairs]
                 tokens += count_tokens(texts, tagi, instruction, inputs, o.max_input)
-        costs[demos] = measure(ways, n, repeats)
+        told = f" of the rows, {len(costs) + 1} of {len(settings)}"
+        costs[demos] = measure(ways, n, repeats, told)
         if o.bench != "p3":
             ratios = formula(tokens)
             for row, its in costs[demos].items():

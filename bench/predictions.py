@@ -1,20 +1,20 @@
-"""Predictions: which rows are made, what they depend on, where they are kept, scored once more.
+"""Predictions: which rows are made, what they depend on, and how they are scored once more.
 
 `rescore` needs no model. loaded: evaluate.py's tasks and models, which are handed in.
 """
-import contextlib
-import itertools
+import math
 import os
 import re
 import sys
 
 import numpy as np
+from transformers import LogitsProcessor
 
 import common
 import config
 import t5
-from bench import machine
-from bench.report import ROWS, SETTINGS, score
+from bench import machine, sample
+from bench.report import ROWS, SETTINGS, say, score
 from bench.teachers import check_teachers
 from common import UserError
 
@@ -26,7 +26,28 @@ NOT_FOR = {                                     # --bench -> rows that it does n
     "p3": UNSEEN_WORDING | HEURISTICS | {"teachers"},
 }
 
-# ------------------------------------------------------------------------ which rows there are
+# ------------------------------------------------------------ which benchmark, which rows there are
+
+def with_checkpoint(parser, argv: list[str] | None) -> list[str]:
+    """The command line, with the checkpoint of --runs where it names neither that nor a config.
+
+    An evaluation then has the options that the checkpoint was trained with.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    early, _ = parser.parse_known_args(argv)
+    folder = os.path.join(early.runs, "finetune")
+    told = config.given(argv, ["config", "checkpoint", "rescore", "ablations"])
+    if told or not os.path.isdir(folder):
+        return argv
+    return argv if common.checkpoint_of(folder) is None else [*argv, "--checkpoint", folder]
+
+
+def bench_for(options) -> str:
+    """The benchmark that the data are of: the checkpoint's own, unless others are named."""
+    if options.format == "p3":
+        return "p3"
+    return "sample" if sample.is_suite(options.data) else "sni"
+
 
 def chosen_rows(loaded, has_unseen_wording: bool) -> list[str]:
     """The rows to be made, in the table's order: those of --rows, or all that there are.
@@ -51,10 +72,10 @@ def chosen_rows(loaded, has_unseen_wording: bool) -> list[str]:
         if (row in asked and row != "tagi_shuffled") or wanted == [row]:
             raise UserError(f"the row {row} cannot be made: {reason}")
         if row in wanted:
-            print(f"left out: {ROWS[row]}: {reason}")
             wanted = [x for x in wanted if x != row]
-    if "tagi_shuffled" in wanted and len({kind(task) for task in loaded.tasks}) == 1:
-        print(f"{ROWS['tagi_shuffled']}: all tasks are of one category: that of another task")
+    one_kind = len({kind(task) for task in loaded.tasks}) == 1
+    if "tagi_shuffled" in wanted and one_kind and loaded.rank == 0:
+        say(f"{ROWS['tagi_shuffled']}: all tasks are of one category: that of another task")
     return [row for row in ROWS if row in wanted]
 
 
@@ -104,12 +125,40 @@ def known_tasks(tasks: dict, trained_on: dict) -> list[str]:
             if plain(name) in names or definition in definitions]
 
 
-def likeliest(choices, scores) -> list[str]:
-    """Of each row's choices the one with the highest score, the first of equals."""
-    return [row[its.index(max(its))] for row, its in zip(choices, scores, strict=True)]
+def likeliest(pairs, scores) -> list[str]:
+    """Of each (task, instance) pair's choices the one with the highest score, the first of equals.
+
+    Raises UserError where a score is no finite number, naming the instance.
+    """
+    texts = []
+    for pair, its in zip(pairs, scores, strict=True):
+        if not all(map(math.isfinite, its)):
+            refuse_answer(pair)
+        texts.append(pair[1].choices[its.index(max(its))])
+    return texts
 
 
-# ------------------------------------------------------------------------------------------- kept
+class RefuseNaN(LogitsProcessor):
+    """Of `generate`, for these (task, instance) pairs: UserError where a token's score is NaN."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __call__(self, input_ids, scores):
+        broken = scores.isnan().any(1)
+        if broken.any():
+            refuse_answer(self.pairs[broken.nonzero()[0].item()])
+        return scores
+
+
+def refuse_answer(pair):
+    task, x = pair
+    raise UserError(f"{task.name}, instance {x.id}: the model's scores are no finite numbers, so "
+                    "there is no answer; its weights are damaged, or the precision too low: train "
+                    "it again, or try --precision fp32")
+
+
+# ------------------------------------------------------------------------- what they depend on
 
 def sources_of(loaded, wanted) -> dict:
     """What these rows' predictions depend on: one goes on only where all of it is the same.
@@ -127,6 +176,9 @@ def sources_of(loaded, wanted) -> dict:
     if set(wanted) - HEURISTICS:
         weights = t5.weights_digest(loaded.checkpoint)
         sources["checkpoint"] = weights + loaded.tagi.options.llm_fingerprint
+        # By its place, which is the same where both were moved.
+        sources["model"] = os.path.relpath(os.path.realpath(loaded.checkpoint),
+                                           os.path.realpath(o.runs))
     if {"meta", "meta_unseen_wording"} & set(wanted):
         sources["meta"] = t5.weights_digest(t5.meta_path(o))
     if "no_finetuning" in wanted:
@@ -143,43 +195,15 @@ def sources_of(loaded, wanted) -> dict:
     return sources
 
 
-def open_predictions(out: str, record: dict, sources: dict, fresh: bool) -> dict:
-    """{(row, demos, task, id): prediction} of what the same models predicted on the same data.
-
-    record: options, written to config.yaml with `sources`. Predictions of other models or data are
-    set aside as predictions.jsonl.1, .2 and so on.
-    """
-    common.make_folder(out)
-    path, written = f"{out}/predictions.jsonl", f"{out}/config.yaml"
-    done = {}
-    if os.path.isfile(path):
-        remedy = "choose another --out, or start over with --fresh"
-        before = common.read_yaml(written, remedy).get("sources", {})
-        if fresh or any(before.get(key, mark) != mark for key, mark in sources.items()):
-            n = next(n for n in itertools.count(1) if not os.path.exists(f"{path}.{n}"))
-            os.replace(path, f"{path}.{n}")
-        else:
-            sources = before | sources
-            with open(path, "rb+") as f:
-                f.truncate(f.read().rfind(b"\n") + 1)   # a last line that was cut off goes
-            if os.path.getsize(path):
-                records = common.read_json_lines(path, "start over with --fresh", row=str,
-                                                 demos=int, task=str, id=object, prediction=str)
-                done = {(r["row"], r["demos"], r["task"], r["id"]): r for r in records}
-    common.write_yaml(written, {**record, "sources": sources, "versions": machine.versions()})
-    return done
+def record_of(bench: str, row: str, demos: int, task, x, text: str) -> dict:
+    """A line of predictions.jsonl: what a row of the table answered to one instance of a task."""
+    return {"bench": bench, "row": row, "demos": demos, "id": x.id, "task": task.name,
+            "category": task.category, "prediction": text, "references": x.outputs}
 
 
-@contextlib.contextmanager
-def kept(out: str):
-    """The open file of an evaluation's predictions; Ctrl-C within ends with a word on going on."""
-    with open(f"{out}/predictions.jsonl", "a", encoding="utf-8") as file:
-        try:
-            yield file
-        except KeyboardInterrupt:
-            print(f"\nstopped; what was predicted is in {out}/predictions.jsonl: run the same "
-                  "command again to go on")
-            sys.exit(130)
+def keys_of(row: str, demos: int, tasks) -> list[tuple]:
+    """(row, demos, task, id) of a row's predictions, in the order of its tasks."""
+    return [(row, demos, task.name, x.id) for task in tasks for x in task.instances]
 
 
 # -------------------------------------------------------------------------------- scored once more

@@ -5,13 +5,15 @@ and models, which are handed in, as is what answers. How alike the adapters are:
 """
 import dataclasses
 import json
+import os
 import random
 
 import numpy as np
 
 import common
-from bench import machine, predictions, similarity
-from bench.report import ROWS, TITLES, bootstrap_interval, line, score
+from bench import kept, machine, predictions, similarity
+from bench.report import (
+    ROWS, TITLES, bootstrap_interval, check_finite, line, say, score, write_file)
 from common import UserError
 
 # key -> (what the table calls it, its row in predictions.jsonl); three are rows of an evaluation
@@ -27,7 +29,7 @@ NOT_WITH = ("rows", "rescore", "ablations")      # options that it would ignore
 
 
 def run(loaded, predict) -> None:
-    """Answer the tasks by right and wrong instructions; print and write what comes of it.
+    """Answer the tasks by right and wrong instructions; write and print what comes of it.
 
     predict: evaluate.py's.
     """
@@ -35,27 +37,40 @@ def run(loaded, predict) -> None:
     texts = instructions(loaded)
     loaded.check_training_tasks()
     sources = predictions.sources_of(loaded, ["tagi"]) | {"probe": common.digest(repr(texts))}
-    done = predictions.open_predictions(o.out, vars(o), sources, o.fresh)
+    o.out = o.out or kept.place(os.path.join(o.runs, "probe"), sources, loaded.rank)
     metric = "rouge_l" if o.bench == "sni" else "exact_match"
-    with predictions.kept(o.out) as file:
+    with kept.Kept(o, sources, loaded.rank, loaded.world) as answers:
+        asked, keys = {}, []                    # asked: key of CONDITIONS -> its tasks
         for key, given in texts.items():
             tasks, name = [], CONDITIONS[key][1]
             for task in loaded.tasks:
                 if task.name in given:
                     tasks.append(dataclasses.replace(task, definitions=[given[task.name]]))
-            records = predict(loaded, "tagi", 0, done, file, tasks, name)
-            result = score(name, 0, records, strict=o.bench != "sni")
+            predict(loaded, "tagi", 0, answers, tasks, name)
+            asked[key] = tasks
+            keys += predictions.keys_of(name, 0, tasks)
+        if not answers.gather(keys):
+            return                              # the rest is for one process
+        for key, tasks in asked.items():
+            name = CONDITIONS[key][1]
+            result = score(name, 0, answers.records(name, 0, tasks), strict=o.bench != "sni")
             scores[key] = result["by_task"][metric]
             rows.append({"key": key} | compare(scores["right"], scores[key])
                         | {"by_category": result["by_category"][metric]})
-    results = {"bench": o.bench, "split": o.split, "metric": metric, "tasks": len(loaded.tasks),
-               "rows": rows, "by_task": scores, "instructions": texts}
-    alike, told = similarity.of_tasks(loaded.tagi, loaded.tasks, f"{o.out}/similarity.png")
-    text = "\n\n".join([table(results), category_table(results), example(texts), told])
-    print(f"{text}\n\nwritten to {o.out}: probe.md, probe.json, similarity.png where there is one")
-    results |= {"similarity": alike, "versions": machine.versions()}
-    common.write_text(f"{o.out}/probe.json", json.dumps(results, indent=1))
-    common.write_text(f"{o.out}/probe.md", text + "\n")
+        results = {"bench": o.bench, "split": o.split, "metric": metric,
+                   "tasks": len(loaded.tasks), "rows": rows, "by_task": scores,
+                   "instructions": texts, "versions": machine.versions()}
+        write(results, o.out)                   # first: by it the picture is known to be ours
+        alike, told = similarity.of_tasks(loaded.tagi, loaded.tasks, f"{o.out}/similarity.png")
+        text = "\n\n".join([table(results), category_table(results), example(texts), told])
+        write(results | {"similarity": alike}, o.out)
+        write_file(f"{o.out}/probe.md", text + "\n")
+    say(f"{text}\n\nwritten to {o.out}: probe.md, probe.json, similarity.png where there is one")
+
+
+def write(results: dict, out: str) -> None:
+    check_finite(results, "the probe")
+    write_file(f"{out}/probe.json", json.dumps(results, indent=1, allow_nan=False))
 
 
 # ------------------------------------------------------------------------------ the instructions
@@ -83,7 +98,8 @@ def instructions(loaded) -> dict:
                 texts[key][task.name] = text
     for key, (label, _) in CONDITIONS.items():
         if not texts[key]:
-            print(f"left out: {label}: no task has one")
+            if loaded.rank == 0:
+                say(f"left out: {label}: no task has one")
             del texts[key]
     return texts
 

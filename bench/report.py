@@ -1,13 +1,17 @@
 """Predictions are scored and told here: exact match and ROUGE-L, intervals, tables. No model."""
 import functools
 import json
+import math
 import os
+import re
+import sys
 
 import numpy as np
 
 import common
 from bench import p3
 from bench.rouge import exact_match, rouge_l
+from common import UserError
 
 ROWS = {                                                # key -> what the tables call it
     "tagi": "TAGI, right instruction",
@@ -68,19 +72,72 @@ def bootstrap_interval(values, owner, samples=2000, seed=0) -> list[float]:
 # --------------------------------------------------------------------------------------- tables
 # results: what `evaluate.run` and `predictions.rescore` return, and results.json holds.
 
-def tell(results: dict, out: str | None) -> None:
-    """Print the tables; write them and the results into the folder `out`, if one is named."""
+def say(text: str) -> None:
+    """Print it; where nobody reads on, as after `| head`, go on without: results are in files."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_file(path: str, text: str) -> None:
+    """Write the file, whole or not at all. Raises UserError where that cannot be."""
+    with common.named_file(path, "make room there, or choose another --out", "written"):
+        common._atomically(path, lambda unfinished: common.write_text(unfinished, text))
+
+
+def tables(results: dict) -> str:
     if results["bench"] == "p3":
-        text = p3_table(results)
-    else:
-        text = main_table(results) + "\n\n" + category_table(results)
-    print(text)
-    if out:
-        common.make_folder(out)
-        common.write_text(f"{out}/results.json", json.dumps(results, indent=1))
-        common.write_text(f"{out}/results.md", text + "\n")
-        if results["bench"] != "p3":
-            category_chart(results, f"{out}/categories.png")
+        return p3_table(results)
+    return main_table(results) + "\n\n" + category_table(results)
+
+
+def write(results: dict, out: str) -> None:
+    """Write results.json, results.md and categories.png into the folder `out`.
+
+    Raises UserError, before anything is written, where what was measured is no finite number.
+    """
+    for r in results["results"]:
+        check_finite(r, f"{r['row']}, {SETTINGS.get(r['demos'], 'all')}")
+    common.make_folder(out)
+    write_file(f"{out}/results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_file(f"{out}/results.md", tables(results) + "\n")
+    if results["bench"] != "p3":
+        category_chart(results, f"{out}/categories.png")
+
+
+def tell(results: dict, out: str, checkpoint: str) -> None:
+    """Print the tables of what was written to `out`, and what one may do next."""
+    say(f"{tables(results)}\n\nsaved in {out}: results.md, results.json, predictions.jsonl\n"
+        f"next: your own instruction, python adapt.py --checkpoint {checkpoint}; does it matter, "
+        f"python evaluate.py --probe --checkpoint {checkpoint}")
+
+
+def check_finite(values, where: str) -> None:
+    """Raises UserError where a number in a tree of dicts and lists is NaN or infinite."""
+    if isinstance(values, float) and not math.isfinite(values):
+        raise UserError(f"{where} is {values}, no finite number: it is no result; look for what is "
+                        "damaged, the model or its predictions")
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_finite(value, f"{where}, {key}")
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            check_finite(value, where)
+
+
+def join(before: dict, results: list[dict]) -> list[dict]:
+    """The rows of a table: these, and those that were made there before, in the table's order.
+
+    before: what results.json held, of the same question. A row that was made again keeps its costs.
+    """
+    rows = {(r["key"], r["demos"]): r for r in before.get("results", []) if r.get("key") in ROWS}
+    for r in results:
+        known = rows.get((r["key"], r["demos"]), {})
+        costs = {key: known[key] for key in ("flops", "ms", "formula") if key in known}
+        rows[r["key"], r["demos"]] = r | costs
+    order = list(ROWS)
+    return sorted(rows.values(), key=lambda r: (order.index(r["key"]), r["demos"]))
 
 
 def line(cells: list[str]) -> str:
@@ -233,6 +290,11 @@ def size_of(c) -> str | None:
     return SIZES.get(shape) if c.model_type == "t5" else None
 
 
+def is_official(split: str, names: list[str]) -> bool:
+    """Whether this may be the official test split: the paper's numbers are about no other."""
+    return split == "test" and len(names) == 119 and all(re.match(r"task\d+_", x) for x in names)
+
+
 def published_sni(llm_config) -> list[dict]:
     """The paper's rows (its Table 2) for an LLM of this size; none where it has no such size."""
     column = {"base": 0, "xl": 1, "xxl": 2}.get(size_of(llm_config))
@@ -286,21 +348,29 @@ ABLATIONS = {                                           # row -> its run in benc
     "L_ins compares A and B": "finetune-with-factors",
     "L_ins compares A and B by SVD": "finetune-with-svd",
 }
+ABLATIONS_HEAD = "mean ± standard deviation"
 STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]    # 97.5 %; 2, 3, .. seeds
 
 
 def tell_ablations(runs: str, split: str) -> None:
-    """Print the table of what bench/ablations.sh left in this folder of runs, and write it."""
+    """Write the table of what bench/ablations.sh left in this folder of runs, and print it."""
+    runs = os.path.normpath(runs)
     text = ablation_table(*read_ablations(runs, split), split)
-    print(text)
-    common.write_text(f"{runs}-ablations.md", text + "\n")
+    path = f"{runs}-ablations.md" if split == "test" else f"{runs}-ablations-{split}.md"
+    if os.path.lexists(path):
+        with common.named_file(path, "move it away"), open(path, encoding="utf-8") as f:
+            ours = ABLATIONS_HEAD in f.readline()
+        if not ours:
+            raise UserError(f"{path} is no table of ablations, and is not replaced; move it away")
+    write_file(path, text + "\n")
+    say(f"{text}\n\nsaved as {path}")
 
 
 def read_ablations(runs: str, split: str) -> tuple[dict, str]:
     """({row: {demos: [score of each seed]}}, what scores) as bench/ablations.sh left it.
 
     runs: the folder of seed 0; that of seed 1 is {runs}-seed1, and so on. Raises UserError where
-    a result is missing or of another split.
+    a result is missing, of another split or no number.
     """
     folders, scores = [runs], {}
     while os.path.isdir(f"{runs}-seed{len(folders)}"):
@@ -308,24 +378,27 @@ def read_ablations(runs: str, split: str) -> tuple[dict, str]:
     for row, name in ABLATIONS.items():
         for folder in folders:
             path = f"{folder}/evaluate-{name}/results.json"
-            with common.named_file(path, "first run bash bench/ablations.sh"), open(path) as f:
-                results = json.load(f)
-            metric = "rouge_l" if results["bench"] == "sni" else "exact_match"
-            if results["split"] != split:
-                raise common.UserError(f"{path} is of {results['split']} tasks, not {split}; run "
-                                       f"SPLIT={split} bash bench/ablations.sh for all "
-                                       f"{len(folders)} seeds, or move {folder} away")
-            for r in results["results"]:
-                label = row if r["row"] == ROWS["tagi"] else r["row"]
-                by_demos = scores.setdefault(label, {})
-                by_demos.setdefault(r["demos"], []).append(r[metric])
+            with common.named_file(path, "first run bash bench/ablations.sh"):
+                with open(path, encoding="utf-8") as f:
+                    results = json.load(f)
+                metric = "rouge_l" if results["bench"] == "sni" else "exact_match"
+                rows = [(r["row"], int(r["demos"]), float(r[metric])) for r in results["results"]]
+                of_split = str(results["split"])
+            check_finite([score for _, _, score in rows], path)
+            if of_split != split:
+                raise UserError(f"{path} is of {of_split[:40]} tasks, not {split}; run "
+                                f"SPLIT={split} bash bench/ablations.sh for all {len(folders)} "
+                                f"seeds, or move {folder} away")
+            for label, demos, score in rows:
+                by_demos = scores.setdefault(row if label == ROWS["tagi"] else label, {})
+                by_demos.setdefault(demos, []).append(score)
     return scores, metric
 
 
 def ablation_table(scores: dict, metric: str, split: str) -> str:
     """Means over seeds, and the differences from the whole method, as Markdown."""
     whole = {demos: np.array(x) for demos, x in scores[WHOLE].items()}
-    lines = [f"{split} tasks, {TITLES[metric]}, mean ± standard deviation over {len(whole[0])} "
+    lines = [f"{split} tasks, {TITLES[metric]}, {ABLATIONS_HEAD} over {len(whole[0])} "
              "seeds; in brackets the difference from the whole method, paired by seed, ± its 95 % "
              "interval", "", "| | " + " | ".join(SETTINGS[demos] for demos in whole) + " |",
              "|---|" + "---|" * len(whole)]

@@ -248,8 +248,9 @@ def test_natural_instructions_are_scored_by_rouge_and_reworded_by_a_second_defin
         path.write_text(json.dumps(record | {"Definition": record["Definition"][:1]}))
     out = own.run(*asked(own, "--bench=sni"))
     assert "left out: a paraphrase: no task has one\n" in out and "| a paraphrase |" not in out
-    assert [r["key"] for r in read(own.runs / "probe")[0]["rows"]] == [
-        key for key in ALL if key != "paraphrase"]
+    assert [r["key"] for r in read(own.runs / "probe-2")[0]["rows"]] == [
+        key for key in ALL if key != "paraphrase"]              # of other tasks: beside the first
+    assert read(own.runs / "probe")[1] == text
 
 
 def test_p3_is_scored_by_accuracy(p3_project):                              # noqa: F811

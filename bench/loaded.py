@@ -92,18 +92,27 @@ class Loaded:
 
     @functools.cached_property
     def held_out(self) -> list:
-        """About a hundred training tasks, with instances that no teacher was trained on."""
+        """About a hundred training tasks, with instances that no teacher was trained on; or none."""
         folder, _, command = self.teachers_of("teachers")
         if not os.path.isdir(folder):
             raise UserError(f"{folder}: no LoRA teachers; first run {command}")
         # What the teachers were trained on, whatever is asked for now.
         used = common.load_options(folder, "max_instances").max_instances
         tasks = data.training_tasks(self.options, 10, skip=used)
-        if not tasks:
-            raise UserError(f"no training task in {self.options.data} has more than the {used} "
-                            f"instances that {folder} was trained on (--max-instances), so none "
-                            "are held out; choose --rows without teachers")
         return tasks[::max(1, len(tasks) // 100)]
+
+    def why_none_held_out(self) -> str | None:
+        """Why the LoRA teachers have nothing to answer here; None where they have."""
+        folder, root = self.teachers_of("teachers")[0], self.options.data
+        if os.path.realpath(root) != os.path.realpath(self.tagi.options.data):
+            if not os.path.isdir(folder):
+                return f"there are none in {folder}"
+            if not os.path.isfile(data.split_file(root, "train")):
+                return f"{root} has no training tasks"
+        if not self.held_out:
+            return (f"no training task in {root} has more than the instances that {folder} was "
+                    "trained on (--max-instances), so none are held out; choose other --rows")
+        return None
 
     @functools.cached_property
     def givers(self) -> dict:

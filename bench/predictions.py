@@ -68,20 +68,27 @@ def chosen_rows(loaded, has_unseen_wording: bool) -> list[str]:
         if not has_unseen_wording:
             left_out |= UNSEEN_WORDING
         wanted = [row for row in ROWS if row not in left_out]
-    for row, reason in impossible_rows(loaded).items():
+    for row, reason in impossible_rows(loaded, wanted).items():
         if (row in asked and row != "tagi_shuffled") or wanted == [row]:
             raise UserError(f"the row {row} cannot be made: {reason}")
         if row in wanted:
             wanted = [x for x in wanted if x != row]
+            if loaded.rank == 0:
+                say(f"left out: {ROWS[row]}: {reason}")
     one_kind = len({kind(task) for task in loaded.tasks}) == 1
     if "tagi_shuffled" in wanted and one_kind and loaded.rank == 0:
         say(f"{ROWS['tagi_shuffled']}: all tasks are of one category: that of another task")
     return [row for row in ROWS if row in wanted]
 
 
-def impossible_rows(loaded) -> dict:
-    """{row that cannot be made: why}."""
+def impossible_rows(loaded, wanted: list[str]) -> dict:
+    """{row that cannot be made, of those that are wanted or others: why}."""
     reasons = {}
+    if "no_finetuning" in wanted and loaded.options.model == "tiny":
+        try:
+            t5.base_path(loaded.options)
+        except UserError as error:              # the tiny T5 of --meta-model was not started here
+            reasons["no_finetuning"] = str(error)
     if len(loaded.tasks) == 1:
         reasons["tagi_shuffled"] = "there is one task only, none to take an instruction from"
     folder, _, command = loaded.teachers_of("meta_lora")
@@ -92,6 +99,8 @@ def impossible_rows(loaded) -> dict:
     if os.path.isfile(path) and "data_digest" not in common.read_yaml(path, remedy):
         reasons["teachers"] = ("they were trained on each file's first instances, before rows "
                                f"were shuffled, so none is known to be held out; {remedy}")
+    elif "teachers" in wanted and (why := loaded.why_none_held_out()):
+        reasons["teachers"] = why
     return reasons
 
 

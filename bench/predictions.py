@@ -14,7 +14,7 @@ import common
 import config
 import t5
 from bench import machine, sample
-from bench.report import ROWS, SETTINGS, say, score
+from bench.report import ROWS, SETTINGS, check_finite, say, score
 from bench.teachers import check_teachers
 from common import UserError
 
@@ -247,6 +247,8 @@ def rescore(path: str, references: str | None, bench: str | None) -> dict:
     remedy = "--rescore reads predictions, one JSON object a line"
     lines = common.read_json_lines(path, remedy, id=object, prediction=str)
     bench = bench_of_predictions(path, lines, bench)
+    for r in lines:
+        check_finite(r, f"{path}: the prediction of {str(r['id'])[:40]}")
     official = read_references(references) if references else None
     groups = {}                                         # (row, demos) -> {(task, id): record}
     for r in lines:

@@ -38,7 +38,7 @@ run $train train_teacher.py $options
 run $train train_hyper.py --stage pretrain $options
 run $train train_hyper.py --stage finetune $options
 unset OMP_NUM_THREADS       # one process: with all cores
-run python evaluate.py --bench sample --checkpoint $runs/finetune $fresh
+run python evaluate.py --bench sample --checkpoint $runs/finetune --out $runs/evaluate $fresh
 
 # A half-trained model, or one that does not follow the instruction, ends here with exit code 1.
 .venv/bin/python - $runs/evaluate/results.json <<'END'

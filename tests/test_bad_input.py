@@ -570,9 +570,11 @@ def test_results_that_cannot_be_written_are_refused(project):
     assert str(project.config) in project.refuses("evaluate", "--rows=tagi", "--out", project.config)
 
 
-def test_an_evaluation_in_several_processes_is_refused(project, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "python evaluate.py" in project.refuses("evaluate")
+@pytest.mark.parametrize("flag", ["--ablations", "--rescore=x.jsonl"])
+def test_what_needs_no_model_is_refused_in_several_processes(project, monkeypatch, flag):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.get(name, "0"))
+    assert "python evaluate.py" in project.refuses("evaluate", flag)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -400,7 +400,7 @@ def test_evaluate_writes_every_row_at_both_settings(project, quick, split):
             low, high = result[name + "_interval"]
             assert 0 <= low <= result[name] <= high <= 100
         assert ("ms" in result and "flops" in result) == (result["row"] in WITH_COST)
-    assert table.strip() == out.strip()[-len(table.strip()):] and "**Def**" in table and "**Def + 2 Pos**" in table
+    assert f"{table.strip()}\n\nsaved in" in out and "**Def**" in table and "**Def + 2 Pos**" in table
     assert all(table.count(f"\n| {row} |") == 2 for row in rows) and "(1.00x)" in table
     assert {(p["task"], p["id"]) for p in predictions if p["row"] == rows[0]} == {
         (p["task"], p["id"]) for p in predictions if p["row"] == "copy the input"}
@@ -615,7 +615,7 @@ def test_ablations_print_the_table_of_the_results_that_are_there(project):
     for row in list(report.ABLATIONS)[1:]:
         assert f"| {row} | 41.0 ± 1.0 (-10.0 ± 0.0) | 43.0 ± 1.0 (-10.0 ± 0.0) |" in table
     written = project.runs.parent / (project.runs.name + "-ablations.md")
-    assert written.read_text() == table
+    assert table == f"{written.read_text()}\nsaved as {written}\n"
     last.unlink()
     line = project.refuses("evaluate", "--ablations")
     assert str(last) in line and "bash bench/ablations.sh" in line

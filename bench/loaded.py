@@ -92,7 +92,7 @@ class Loaded:
 
     @functools.cached_property
     def held_out(self) -> list:
-        """About a hundred training tasks, with instances that no teacher was trained on; or none."""
+        """Some hundred training tasks, with instances that no teacher was trained on; or none."""
         folder, _, command = self.teachers_of("teachers")
         if not os.path.isdir(folder):
             raise UserError(f"{folder}: no LoRA teachers; first run {command}")

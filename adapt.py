@@ -22,7 +22,7 @@ from tqdm import tqdm
 import config
 import data
 import t5
-from bench import novelty, terminal
+from bench import novelty, records, terminal
 from common import UserError
 from hypernet import TAGI
 from lora import Adapter
@@ -160,7 +160,7 @@ def answer_all(tagi, adapter, options) -> None:
 def answer_file(tagi, options) -> None:
     """The tasks of --instructions, each with its adapter, in mixed batches."""
     remedy = "--instructions reads JSON lines with instruction, input, demonstrations"
-    rows = common.read_json_lines(options.instructions, remedy, instruction=str, input=str)
+    rows = records.read_json_lines(options.instructions, remedy, instruction=str, input=str)
     for n, row in enumerate(rows, 1):
         pairs = row.setdefault("demonstrations", [])
         fine = isinstance(pairs, list) and all(common.is_texts(p) and len(p) == 2 for p in pairs)

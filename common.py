@@ -5,7 +5,6 @@ import datetime
 import functools
 import glob
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -101,33 +100,17 @@ def read_yaml(path: str, remedy: str) -> dict:
     return values
 
 
-def read_json_lines(path: str, remedy: str, **types: type) -> list[dict]:
-    """The objects of a JSON-lines file, each with these keys, their values of these types.
+def check_text(text: str, where: str) -> None:
+    """Raise UserError where a text has half of a surrogate pair: no tokenizer or file takes it.
 
-    Raises UserError naming file and line for anything else, and for a file without lines.
+    JSON can write one ("\\ud83d", half an emoji), and a command line's bytes that are no UTF-8
+    become some. A NUL that JSON writes ("\\u0000") is a sign like others.
     """
-    with named_file(path, remedy), open(path, encoding="utf-8") as f:
-        lines = f.read().split("\n")
-    rows = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {n}"
-        with named_file(where, remedy):
-            row = json.loads(line)
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: no JSON object; {remedy}")
-        for key, kind in types.items():
-            if key not in row:
-                raise UserError(f"{where}: no {key}; {remedy}")
-            value = row[key]
-            if not isinstance(value, kind) or (kind is list and not is_texts(value)):
-                name = {str: "text", list: "list of texts"}.get(kind, "number")
-                raise UserError(f"{where}: {key} is {str(value)[:40]}, no {name}; {remedy}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path} is empty; {remedy}")
-    return rows
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: sign {error.start + 1} of the text is no Unicode (half of an "
+                        "emoji, or a byte that is no UTF-8); write the text again") from None
 
 
 def is_texts(value) -> bool:

@@ -26,12 +26,14 @@ import numpy as np
 import torch
 
 import common
-from bench import p3
-from common import UserError, is_texts, named_file, read_json_lines
+from bench import p3, records
+from common import UserError, is_texts
 
 IGNORE = -100           # label of positions that do not count, as in PyTorch's cross-entropy
 GET_SNI = "git clone --depth 1 --branch v2.6 https://github.com/allenai/natural-instructions"
 _warned = set()         # what was warned of already: it is said once
+
+read_documents = records.read_documents         # the corpus, which has no tasks
 
 
 @dataclass
@@ -90,11 +92,7 @@ def listed_tasks(root: str, split: str) -> list[str]:
     path = split_file(root, split)
     remedy = (f"--data names a folder in Super-NaturalInstructions' layout: {GET_SNI} "
               "(or python -m bench.sample writes the built-in suite), --split one of its splits")
-    with named_file(path, remedy), open(path, encoding="utf-8") as f:
-        names = f.read().split()
-    if not names:
-        raise UserError(f"{path} is empty; it should name one task a line")
-    return names
+    return records.read_names(path, remedy)
 
 
 def load_p3(root: str, split: str = "test", max_instances: int | None = None,
@@ -145,8 +143,7 @@ def read_task(path: str, max_instances: int | None = None, skip: int = 0,
     what is no task's file.
     """
     remedy = "a task's file is one JSON object; fetch or write it again"
-    with named_file(path, remedy), open(path, encoding="utf-8") as f:
-        record = json.load(f)
+    record = records.read_json(path, remedy)
 
     def need(condition, what):
         if not condition:
@@ -171,13 +168,15 @@ def read_task(path: str, max_instances: int | None = None, skip: int = 0,
     if shuffle:
         random.Random(name).shuffle(numbers)
     end = None if max_instances is None else skip + max_instances
-    instances, demonstrations = [], []
+    instances, demonstrations, ids = [], [], set()
     for n in numbers[skip:end]:
         row = rows[n]
         outputs = as_list(row.get("output")) if isinstance(row, dict) else None
         need(is_texts(outputs) and has(row, "input"), f"instance {n} has no input or no output")
-        instances.append(Instance(str(row.get("id", f"{name}-{n}")), row["input"], outputs))
-    need(len({x.id for x in instances}) == len(instances), "two instances have the same id")
+        key = records.id_text(row, f"{path}: instance {n}", f"{name}-{n}")
+        need(key not in ids, f"two instances have the same id {key[:40]}; keep one")
+        ids.add(key)
+        instances.append(Instance(key, row["input"], outputs))
     for n, row in enumerate(examples, 1):
         need(has(row, "input") and has(row, "output"),
              f"Positive Example {n} has no input or no output")
@@ -200,7 +199,7 @@ def tasks_digest(options) -> dict:
         files = p3.training_files(root)
     elif os.path.isfile(split_file(root, "train")):
         with open(split_file(root, "train"), "rb") as f:
-            names = f.read().decode(errors="replace").split()
+            names = f.read().decode("utf-8-sig", "replace").split()
         listed = [task_path(root, name) for name in names]
         files = [file for file in listed if os.path.isfile(file)]
         complete = options.allow_missing or len(files) == len(listed)
@@ -234,23 +233,6 @@ def texts_of(tasks: list[Task]) -> list[str]:
         for x in task.instances:
             texts += [x.prompt or x.input, x.outputs[0]]
     return texts
-
-
-def read_documents(path: str) -> list[str]:
-    """The documents of at least three words in a file: one a line, plain or JSON lines with "text".
-
-    Raises UserError where the file cannot be read or has none.
-    """
-    remedy = "--text names plain text in UTF-8, one document a line, or JSON lines with a text"
-    if path.endswith((".json", ".jsonl")):
-        lines = [row["text"] for row in read_json_lines(path, remedy, text=str)]     # C4's form
-    else:
-        with named_file(path, remedy), open(path, encoding="utf-8") as f:
-            lines = f.read().splitlines()
-    documents = [line for line in lines if len(line.split(maxsplit=2)) == 3]
-    if not documents:
-        raise UserError(f"{path} has no document of three words or more; {remedy}")
-    return documents
 
 
 # -------------------------------------------------------------------------------------- 2. draws

@@ -14,6 +14,7 @@ import sys
 
 import common
 from bench import machine, predictions, report
+from bench.records import read_json_lines
 from bench.report import say, write_file
 from bench.watch import Watch
 from common import UserError
@@ -278,6 +279,6 @@ def read_predictions(path: str) -> dict:
         f.truncate(f.read().rfind(b"\n") + 1)
     if not os.path.getsize(path):
         return {}
-    records = common.read_json_lines(path, "start over with --fresh", row=str, demos=int, task=str,
-                                     id=str, prediction=str)
-    return {key_of(record): record for record in records}
+    lines = read_json_lines(path, "start over with --fresh", row=str, demos=int, task=str, id=str,
+                            prediction=str)
+    return {key_of(record): record for record in lines}

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 import common
 import config
 import t5
-from bench import machine, sample
+from bench import machine, records, sample
 from bench.report import ROWS, SETTINGS, check_finite, say, score
 from bench.teachers import check_teachers
 from common import UserError
@@ -217,23 +217,25 @@ def keys_of(row: str, demos: int, tasks) -> list[tuple]:
 
 # -------------------------------------------------------------------------------- scored once more
 
-def bench_of_predictions(path: str, records: list[dict], bench: str | None) -> str:
+def bench_of_predictions(path: str, lines: list[dict], bench: str | None) -> str:
     """Which benchmark a file of predictions is of, and so by which rule it is scored.
 
     The file's own lines say it, or the config.yaml that an evaluation left beside it; else
     `bench` (--bench), by default sni. Raises UserError where they name two.
     """
-    found = {r["bench"] for r in records if isinstance(r.get("bench"), str)}
+    found = {r["bench"] for r in lines if isinstance(r.get("bench"), str)}
     beside = os.path.join(os.path.dirname(path), "config.yaml")
     if not found and os.path.isfile(beside):
         written = common.read_yaml(beside, "move it away, or the predictions elsewhere")
         if {"bench", "sources"} <= written.keys():
-            found = {written["bench"]}
+            found = {str(written["bench"])}
     if bench:
         found.add(bench)
     if len(found) > 1:
         raise UserError(f"{path}: scores follow the rule of one benchmark, not "
                         f"{' and '.join(sorted(found))}; drop --bench or split the file")
+    for name in found - NOT_FOR.keys():
+        raise UserError(f"{path}: bench is {name}, none of {', '.join(NOT_FOR)}")
     return found.pop() if found else "sni"
 
 
@@ -245,50 +247,67 @@ def rescore(path: str, references: str | None, bench: str | None) -> dict:
     Raises UserError where files or benchmarks do not belong together.
     """
     remedy = "--rescore reads predictions, one JSON object a line"
-    lines = common.read_json_lines(path, remedy, id=object, prediction=str)
-    bench = bench_of_predictions(path, lines, bench)
-    for r in lines:
-        check_finite(r, f"{path}: the prediction of {str(r['id'])[:40]}")
+    numbered = records.numbered_rows(path, remedy, id=object, prediction=str)
+    for where, r in numbered:
+        check_finite(r, f"{where}: the prediction of {str(r['id'])[:40]}")
+    bench = bench_of_predictions(path, [r for _, r in numbered], bench)
     official = read_references(references) if references else None
-    groups = {}                                         # (row, demos) -> {(task, id): record}
-    for r in lines:
-        row, demos = str(r.get("row", os.path.basename(path))), r.get("demos")
-        group = groups.setdefault((row, demos if demos in SETTINGS else None), {})
-        key = str(r.get("task")), str(r["id"])
-        if key in group:
-            raise UserError(f"{path} holds two predictions of {r['id']}; keep one")
-        group[key] = r
     results = []
-    for (row, demos), group in groups.items():
-        records = list(group.values())
+    for (row, demos), group in grouped(path, numbered).items():
         own = all(common.is_texts(r.get("references")) and isinstance(r.get("task"), str)
-                  and isinstance(r.get("category"), str) for r in records)
+                  and isinstance(r.get("category"), str) for r in group.values())
         if official is None and not own:
             raise UserError(f"{path}: predictions without references, task and "
                             "category; name the official reference file with --references")
-        given = {name: r["prediction"] for (_, name), r in group.items()}
-        unknown = [] if official is None else [name for name in given if name not in official]
+        scored = list(group.values())
+        unknown = [] if official is None else [name for _, name in group if name not in official]
         # Our file's teachers answer training tasks, which the official file does not have.
-        if unknown and not (own and len(unknown) == len(given)):
+        if unknown and not (own and len(unknown) == len(group)):
             raise UserError(f"{path}: {len(unknown)} ids are not in {references}: "
                             f"{', '.join(unknown[:3])} …; name the reference file of "
                             "these predictions")
         if official is not None and not unknown:
-            records = [r | {"prediction": given.get(name, "")} for name, r in official.items()]
+            given = {name: r["prediction"] for (_, name), r in group.items()}
+            if len(given) < len(group):
+                raise UserError(f"{path}: ids of {row} come in two tasks, so {references} does "
+                                "not tell whose they are; drop --references")
+            scored = [r | {"prediction": given.get(name, "")} for name, r in official.items()]
             if missing := len(official) - len(given):
                 print(f"{row}: {missing} of {len(official)} instances have no prediction and "
                       "score as empty")
-        results.append(score(row, demos, records, bench != "sni"))
+        results.append(score(row, demos, scored, bench != "sni"))
     return {"bench": bench, "split": "rescored", "results": results, "published": [],
             "versions": machine.versions()}
 
 
+def grouped(path: str, numbered: list[tuple[str, dict]]) -> dict:
+    """{(row, demos): {(task, id): prediction}}; UserError for two of an instance, with the line."""
+    groups = {}
+    for where, r in numbered:
+        row, task = (records.text_of(r, key, where) for key in ("row", "task"))
+        demos, name = r.get("demos"), records.id_text(r, where)
+        if not (demos is None or isinstance(demos, int)):
+            raise UserError(f"{where}: demos is {records.brief(demos)}, no number")
+        row, setting = row or os.path.basename(path), demos if demos in SETTINGS else None
+        group = groups.setdefault((row, setting), {})
+        if (task, name) in group:
+            raise UserError(f"{where}: a second prediction of {name[:40]}; keep one")
+        group[task, name] = r
+    return groups
+
+
 def read_references(path: str) -> dict:
-    """{id: task, category and references} of the official file."""
+    """{id: task, category and references} of the official file; UserError for an id twice."""
     remedy, official = "--references reads the official test_references.jsonl", {}
-    for r in common.read_json_lines(path, remedy, id=object, references=list):
-        if r.get("track", "default") == "default":      # the file has another track too
-            official[str(r["id"])] = {"task": str(r.get("task_id", "all")),
-                                      "category": str(r.get("task_category", "all")),
-                                      "references": r["references"]}
+    for where, r in records.numbered_rows(path, remedy, id=object, references=list):
+        if r.get("track", "default") != "default":      # the file has another track too
+            continue
+        name = records.id_text(r, where)
+        if name in official:
+            raise UserError(f"{where}: the id {name[:40]} comes a second time; keep one")
+        official[name] = {"task": records.text_of(r, "task_id", where) or "all",
+                          "category": records.text_of(r, "task_category", where) or "all",
+                          "references": r["references"]}
+    if not official:
+        raise UserError(f"{path} has no references of the track default; {remedy}")
     return official

@@ -14,7 +14,8 @@ from jinja2 import nodes
 
 import common
 from bench import p3
-from bench.p3 import ENVIRONMENT, Template, load_templates, own_variables
+from bench.sandbox import ENVIRONMENT
+from bench.templates import Template, load_templates, own_variables
 
 P3 = Path(os.environ["TAGI_DATA"]) / "p3" if "TAGI_DATA" in os.environ else None
 real_data = pytest.mark.skipif(P3 is None, reason="TAGI_DATA names no folder with P3's templates")

@@ -90,8 +90,8 @@ def split_file(root: str, split: str) -> str:
 def listed_tasks(root: str, split: str) -> list[str]:
     """The names of a split's tasks, whether their files are there or not."""
     path = split_file(root, split)
-    remedy = (f"--data names a folder in Super-NaturalInstructions' layout: {GET_SNI} "
-              "(or python -m bench.sample writes the built-in suite), --split one of its splits")
+    remedy = (f"--data and --split name a folder in SNI's layout: {GET_SNI} (or python -m "
+              "bench.sample writes the built-in suite)")
     return records.read_names(path, remedy)
 
 

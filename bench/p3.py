@@ -22,7 +22,7 @@ import os
 import re
 import statistics
 
-from bench.records import read_json_lines
+from bench.records import brief, numbered_rows, read_json_lines
 from bench.templates import LONGEST_FIELD, Template, load_templates
 from common import UserError
 
@@ -43,14 +43,38 @@ HELD_OUT = re.compile(                      # finds the name of such a data set 
     "anli|hellaswag|winogrande|story_?cloze|copa|wsc|wic(?![a-z])|(?<![a-z])(cb|rte)(?![a-z])",
     re.IGNORECASE)
 
-NLI = {"e": 0, "n": 1, "c": 2, "entailment": 0, "neutral": 1, "contradiction": 2}
-LABELS = {                                  # task -> label in words -> the templates' number
-    "anli_r1": NLI, "anli_r2": NLI, "anli_r3": NLI,
-    "cb": {"entailment": 0, "contradiction": 1, "neutral": 2},
-    "rte": {"entailment": 0, "not_entailment": 1},
-    "wic": {"false": 0, "true": 1}, "wsc": {"false": 0, "true": 1},
+NLI = "entailment|e neutral|n contradiction|c"
+ANSWERS = {     # task or data set -> field: number of its first answer, all in words or how many
+    "anli_r1": {"label": (0, NLI)}, "anli_r2": {"label": (0, NLI)}, "anli_r3": {"label": (0, NLI)},
+    "hellaswag": {"label": (0, 4)},
+    "cb": {"label": (0, "entailment contradiction neutral")},
+    "copa": {"label": (0, "choice1 choice2")},
+    "rte": {"label": (0, "entailment not_entailment")},
+    "wic": {"label": (0, "false true")},
+    "wsc": {"label": (0, "false true")},
+    "winogrande": {"answer": (1, 2)},
+    "story_cloze": {"answer_right_ending": (1, 2)},
+    "ag_news": {"label": (0, "world sports business sci/tech")},
+    "amazon_polarity": {"label": (0, "negative positive")},
+    "app_reviews": {"star": (1, 5)},
+    "cosmos_qa": {"label": (0, 4)},
+    "dbpedia_14": {"label": (0, "company educationalinstitution artist athlete officeholder "
+                             "meanoftransportation building naturalplace village animal plant "
+                             "album film writtenwork")},
+    "duorc/ParaphraseRC": {"no_answer": (0, "false true")},
+    "duorc/SelfRC": {"no_answer": (0, "false true")},
+    "glue/mrpc": {"label": (0, "not_equivalent equivalent")},
+    "glue/qqp": {"label": (0, "not_duplicate duplicate")},
+    "imdb": {"label": (0, "neg pos")},
+    "paws/labeled_final": {"label": (0, 2)},
+    "quarel": {"answer_index": (0, 2)},
+    "rotten_tomatoes": {"label": (0, "neg pos")},
+    "social_i_qa": {"label": (1, 3)},
+    "trec": {"coarse_label": (0, "abbr enty desc hum loc num"), "fine_label": (0, 50)},
+    "wiki_qa": {"label": (0, 2)},
+    "yelp_review_full": {"label": (0, "1_star 2_star 3_stars 4_stars 5_stars")},
 }
-LABEL_FIELD = {"winogrande": "answer", "story_cloze": "answer_right_ending"}    # else label
+AS_TEXT = {"winogrande", "social_i_qa"}     # whose templates ask for answer == '1', not 1
 
 
 # -------------------------------------------------------------------------------------------- tasks
@@ -120,31 +144,53 @@ def read_rows(root: str, name: str, dataset: str, split: str) -> list[dict] | No
         path = os.path.join(root, folder, split + ".jsonl")
         if os.path.isfile(path):
             remedy = "rows are JSON objects with the data set's own field names, one a line"
-            rows = read_json_lines(path, remedy)
-            return [with_plain_label(name, row, f"{path}, row {n}") for n, row in enumerate(rows)]
+            rows = []
+            for n, (where, row) in enumerate(numbered_rows(path, remedy)):
+                rows.append(with_plain_label(name, row, f"{where} (row {n})"))
+            return rows
     return None
 
 
 def with_plain_label(name: str, row: dict, where: str) -> dict:
-    """The row as templates want it: its label a number, where SuperGLUE has true or a word."""
+    """The row as templates want it: what counts its answers is a number, or the text of one.
+
+    A template would take 1 for another answer than "1", -1 for the last one and "false" for true,
+    without a word. Raises UserError for what is no answer of this task or data set.
+    """
     if isinstance(row.get("target"), dict):     # WSC's spans
         row = row | row["target"]
-    if name not in TEST:
-        return row
-    key = LABEL_FIELD.get(name, "label")
-    label = row.get(key)
-    if label in ("", None, -1, "-1"):
-        raise UserError(f"{where}: no {key}: the labels of this split are hidden; "
-                        "use the validation split")
-    if isinstance(label, bool):
-        label = int(label)
-    elif isinstance(label, str) and name in LABELS and not label.isdigit():
-        if label.lower() not in LABELS[name]:
-            raise UserError(f"{where}: label '{label}' is none of {', '.join(LABELS[name])}")
-        label = LABELS[name][label.lower()]
-    elif isinstance(label, str) and key == "label" and label.removeprefix("-").isdigit():
-        label = int(label)
-    return row | {key: label}
+    for key, (first, names) in ANSWERS.get(name, {}).items():
+        if key in row or name in TEST:
+            number = answer_number(row.get(key), first, names, f"{where}: {key}")
+            row = row | {key: str(number) if name in AS_TEXT else number}
+    if isinstance(row.get("choices"), dict) and "answerKey" in row:             # QASC, QuaRTz
+        letters = row["choices"].get("label")
+        if not isinstance(letters, list) or row["answerKey"] not in letters:
+            raise UserError(f"{where}: answerKey {brief(row['answerKey'])} is none of the choices' "
+                            f"labels {brief(letters)}")
+    return row
+
+
+def answer_number(value, first: int, names: str | int, where: str) -> int:
+    """The number of an answer that is written as 1, "1", 1.0, true or in words.
+
+    names: the answers in words, from number `first` on, with | between two for one; or their count.
+    """
+    words = names.split() if isinstance(names, str) else [""] * names
+    plain = isinstance(value, (str, int, float))        # true and false are ints to Python
+    text = str(value).strip().lower().replace(" ", "_")[:40] if plain else ""
+    if value is None or plain and text in ("", "nan", "-1", "-1.0"):
+        raise UserError(f"{where} is not there: the answers of this split are hidden; take the "
+                        "validation split, or for training the training split")
+    for n, word in enumerate(words, first):
+        if isinstance(value, (str, bool)) and text in word.split("|"):
+            return n
+    number = re.fullmatch(r"([0-9]{1,9})(\.0*)?", text)
+    if number and first <= int(number[1]) < first + len(words):
+        return int(number[1])
+    last = first + len(words) - 1
+    in_words = f" or {', '.join(names.split())}" if isinstance(names, str) else ""
+    raise UserError(f"{where} is {brief(value)}, not {first} to {last}{in_words}")
 
 
 def rendered_instances(name: str, template: Template, rows: list[dict], p3_input: str):
@@ -160,12 +206,15 @@ def rendered_instances(name: str, template: Template, rows: list[dict], p3_input
         text = prompt
         if p3_input == "fields" and template.fields:
             there = [key for key in template.fields if key in row]
-            text = " ".join(f"{key}: {field_text(row[key])}" for key in there)
+            with template.blamed(n):
+                text = " ".join(f"{key}: {field_text(row[key])}" for key in there)
         yield {"id": f"{name}-{n}", "input": text, "output": target, "prompt": prompt,
                "choices": tuple(choices)}
 
 
 def field_text(value) -> str:
+    if value is None:
+        raise ValueError("a field that the student reads is null")
     if isinstance(value, dict):
         return "; ".join(f"{key}: {field_text(x)}" for key, x in value.items())
     if isinstance(value, list):

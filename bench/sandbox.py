@@ -16,7 +16,7 @@ from jinja2.visitor import NodeTransformer
 
 WORK = 20_000_000       # that one rendering may do, in characters read or made: a second or two
 STEP, ITEM = 100, 20    # what an operation or a turn of a loop costs, and an item of a list
-LONGEST = 50_000        # characters of a template; promptsource's longest has 3 000
+LONGEST = 50_000        # characters of a template; promptsource's have less than 1 000
 LARGEST = 10 ** 8       # characters that one operation could make at most
 NODES = tuple(getattr(nodes, name) for name in (
     "Template Output TemplateData Const Name NSRef If For Assign AssignBlock List Tuple Dict Pair "

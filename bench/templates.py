@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import yaml
 from jinja2 import nodes
 
+from bench.records import brief
 from bench.sandbox import ENVIRONMENT, STEP, TooMuch
 from common import UserError, named_file, read_yaml
 
@@ -22,7 +23,20 @@ PIPES = "3ed2dface8203c4c9dfb1a5dc58e41e0"  # for "|||" in a row's own text, as 
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads promptsource's tags as plain mappings; any other tag is an error, nothing is run."""
+    """Reads promptsource's tags as plain mappings; any other tag is an error, nothing is run.
+
+    A key that a mapping has twice is an error too: YAML would drop what it says first.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {name} is there twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 for _tag in ("!Template", "!TemplateMetadata"):
@@ -53,7 +67,7 @@ class Template:
 
     @functools.cached_property
     def _compiled(self):
-        with self._blamed():
+        with self.blamed():
             cut = f" | shown | truncate({LONGEST_FIELD}) }}}}"          # as promptsource does it
             prompt = ENVIRONMENT.within_bounds(self.jinja.replace("}}", cut))
             choices = (self.answer_choices or "").replace("}}", " | shown }}")
@@ -71,7 +85,7 @@ class Template:
         fields = {key: x.replace("|||", PIPES) if isinstance(x, str) else x
                   for key, x in row.items()}
         ENVIRONMENT.begin()
-        with self._blamed(number):
+        with self.blamed(number):
             choices = None
             if self.answer_choices is not None:
                 fields["_rng"] = random.Random(seed)
@@ -86,7 +100,7 @@ class Template:
         return text, target, choices
 
     @contextlib.contextmanager
-    def _blamed(self, number=None):
+    def blamed(self, number=None):
         """Within: what the template does wrong becomes one line that names it, and the row."""
         row = f", row {number}" if number is not None else ""
         try:
@@ -108,7 +122,7 @@ class Template:
         Both sides of a condition are in it: "premise because... / so... - choice1 - choice2".
         """
         ENVIRONMENT.begin()
-        with self._blamed():
+        with self.blamed():
             choices, answers = [], ""
             if self.answer_choices is not None:
                 text = _in_words(ENVIRONMENT.parse(self.answer_choices), [])
@@ -221,21 +235,34 @@ def load_templates(root: str) -> dict[str, list[Template]]:
     for path in sorted(glob.glob(f"{glob.escape(root)}/**/templates.yaml", recursive=True)):
         dataset = os.path.relpath(os.path.dirname(path), root).replace(os.sep, "/")
         with named_file(path, remedy), open(path, encoding="utf-8") as f:
-            content = yaml.load(f, _Loader)
             try:
-                records = content.get("templates").values()
-                found[dataset] = [_template_of(dataset, record) for record in records]
-            except (AttributeError, TypeError):
-                raise ValueError("expected `templates:` with a !Template for every id") from None
+                content = yaml.load(f, _Loader)
+            except yaml.MarkedYAMLError as error:
+                line = error.problem_mark.line + 1 if error.problem_mark else "?"
+                raise ValueError(f"line {line}: {error.problem}") from None
+            records = content.get("templates") if isinstance(content, dict) else None
+            if not isinstance(records, dict):
+                raise ValueError("expected `templates:` with a !Template for every id")
+            found[dataset] = [_template_of(dataset, record) for record in records.values()]
+            names = [template.name for template in found[dataset]]
+            if len(set(names)) < len(names):
+                name = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"two templates are called {name}; a task is named after one")
     if not found:
         raise UserError(f"{root} holds no templates.yaml; {remedy}")
     return found
 
 
-def _template_of(dataset: str, record: dict) -> Template:
-    metadata = record.get("metadata") or {}
-    metrics = metadata.get("metrics") or ()
+def _template_of(dataset: str, record) -> Template:
+    if not isinstance(record, dict):
+        raise ValueError("expected `templates:` with a !Template for every id")
+    for key in ("name", "jinja", "answer_choices"):
+        value = record.get(key)
+        if not isinstance(value, str) and (value is not None or key != "answer_choices"):
+            raise ValueError(f"a template has {brief(value)} for its {key}, no text")
+    metadata = record.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    metrics = metadata.get("metrics")
+    by_accuracy = isinstance(metrics, list) and "Accuracy" in metrics
     return Template(dataset, record["name"], record["jinja"], record.get("answer_choices"),
-                    bool(metadata.get("original_task")) and "Accuracy" in metrics)
-
-
+                    metadata.get("original_task") is True and by_accuracy)

@@ -100,19 +100,6 @@ def read_yaml(path: str, remedy: str) -> dict:
     return values
 
 
-def check_text(text: str, where: str) -> None:
-    """Raise UserError where a text has half of a surrogate pair: no tokenizer or file takes it.
-
-    JSON can write one ("\\ud83d", half an emoji), and a command line's bytes that are no UTF-8
-    become some. A NUL that JSON writes ("\\u0000") is a sign like others.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: sign {error.start + 1} of the text is no Unicode (half of an "
-                        "emoji, or a byte that is no UTF-8); write the text again") from None
-
-
 def is_texts(value) -> bool:
     """Whether it is a list of texts, and not empty."""
     return isinstance(value, list) and value != [] and all(isinstance(x, str) for x in value)

@@ -2,7 +2,8 @@
 
 All are UTF-8, with or without a byte order mark. Whatever else they hold is a UserError that names
 file and line. json.loads alone takes a key twice and drops the first one's value, and makes texts
-of half an emoji, which nothing can tokenize or write.
+of half an emoji, which nothing can tokenize or write. A NUL that JSON writes ("\\u0000") is a sign
+like others; one that stands in the file itself tells that it is UTF-16, or no text.
 """
 import json
 import re

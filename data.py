@@ -328,6 +328,8 @@ def cut_documents(drawn: list[str], tokenizer, parts: int, limit: int,
     """Of each document a window of at most `limit` tokens, in `parts` pieces of ids, none empty."""
     shares, rows = np.sort(rng.random(parts - 1)), []       # of all alike, which keeps padding low
     for ids in tokenizer(drawn, add_special_tokens=False)["input_ids"]:
+        while len(ids) < parts:                             # signs that the tokenizer hardly knows
+            ids = [*ids, *(ids or [tokenizer.eos_token_id])]
         start = int(rng.integers(max(len(ids) - limit, 0) + 1))
         window = ids[start:start + limit]
         cuts = [0]

@@ -294,7 +294,25 @@ def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
     choose_device(options)
     if "text" in options and options.text is None:
         options.text = os.path.join(options.data, "corpus.txt")
+    if "steps" in options:
+        check_model(options, argv)
     return options
+
+
+def check_model(options, argv) -> None:
+    """Raises UserError where a stage would train on another model than the --model asked for."""
+    if options.model == "tiny":
+        return
+    if options.stage == "base":
+        raise common.UserError(f"--stage base makes the tiny T5; --model {options.model} is a "
+                               "checkpoint and needs none: leave the stage out")
+    words = [word.partition("=")[0] for word in argv]
+    if "--model" in words and options.llm == "meta" and options.meta_model:
+        if not {"--meta-model", "--llm"} & set(words):
+            raise common.UserError(
+                f"--model {options.model} would not be used: {options.config} freezes its "
+                f"meta_model {options.meta_model}; add --llm base to freeze --model itself, or "
+                "name a config that is for it: --config configs/flan-t5-small.yaml")
 
 
 def choose_device(options) -> None:

@@ -211,7 +211,13 @@ def base_path(options, digests=None) -> str:
 
 
 def meta_path(options, digests=None) -> str:
-    return options.meta_model or finished_stage("meta", options, digests)
+    if options.meta_model:
+        return options.meta_model
+    # A checkpoint that is frozen as it is follows instructions itself: Flan-T5, say.
+    is_there = os.path.isfile(os.path.join(options.runs, "meta", "config.yaml"))
+    if options.llm == "base" and options.model != "tiny" and not is_there:
+        return options.model
+    return finished_stage("meta", options, digests)
 
 
 def finished_stage(stage: str, options, digests=None) -> str:
@@ -231,8 +237,10 @@ def config_flag(options) -> str:
     usual = options.config == beside(DEFAULT_CONFIG)
     words = "" if usual else f" --config {options.config}"
     config = common.read_yaml(options.config, "name an existing config with --config")
-    if options.runs != config.get("runs", options.runs):
-        words += f" --runs {options.runs}"
+    for key in ("runs", "model"):
+        value = getattr(options, key)
+        if value != config.get(key, value):
+            words += f" --{key} {value}"
     return words
 
 

@@ -417,14 +417,20 @@ def train(options, run):
 def main(argv=None):
     options = get_options(argv)
     rank, world = common.init_processes(options.device, options.timeout)
-    sample.ensure_suite(options.data, rank)
+    if options.model == "tiny":
+        sample.ensure_suite(options.data, rank)
     common.wait_for_all_ranks()                 # rank 0 may be writing it
     is_text = options.stage == "pretrain"
     read = data.text_digest(options.text) if is_text else data.tasks_digest(options)
     folder = config.folder_of(options, options.stage)
     run = Run(folder, options, rank, world, read)
-    if not run.finished:
-        train(options, run)
+    if run.finished:
+        return
+    if is_text and not os.path.isfile(options.text):
+        raise UserError(f"{options.text}: no such file; --text names plain text, one document a "
+                        "line, or JSON lines with a text; without any, leave this stage out: "
+                        "--stage finetune --no-pretrained")
+    train(options, run)
 
 
 if __name__ == "__main__":

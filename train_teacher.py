@@ -431,7 +431,8 @@ def main(argv=None):
         if options.init_from and stage != "lora":
             raise UserError(f"--init-from is for LoRA teachers; --stage {stage} has no use for it")
         rank, world = common.init_processes(options.device, options.timeout)
-        sample.ensure_suite(options.data, rank)
+        if options.model == "tiny":
+            sample.ensure_suite(options.data, rank)
         common.wait_for_all_ranks()             # rank 0 may be writing, or saving the stage before
         # What it reads: base plain text, the others the training tasks.
         digests = data.text_digest(options.text) if stage == "base" else data.tasks_digest(options)

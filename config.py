@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 
 import torch
 
@@ -407,7 +408,7 @@ def folder_of(options, stage: str) -> str:
     return os.path.join(options.runs, options.name or stage)
 
 
-def tell(options, parser: Parser, section: str | None = None) -> None:
+def tell(options, parser: Parser, stage: str) -> None:
     """Print what a stage runs with: options that differ from the defaults, then the others."""
     changed, usual = [], []
     for action in parser._actions:
@@ -418,11 +419,11 @@ def tell(options, parser: Parser, section: str | None = None) -> None:
         if isinstance(value, bool):
             word = word if value else word.replace("--", "--no-", 1)
         else:
-            word += f" {shlex.quote(str(value))}"
-        is_default = same(action.dest, value, action.default)
-        (usual if is_default else changed).append(word)
-    print(f"options{f' of {section}' if section else ''}:", *changed)
-    print("as by default:", *usual)
+            word = shlex.quote(f"{word}={value}")
+        (usual if same(action.dest, value, action.default) else changed).append(word)
+    for title, words in ((f"options of {stage}:", changed), ("as by default:", usual)):
+        print(textwrap.fill(" ".join([title, *words]), 100, subsequent_indent="    ",
+                            break_long_words=False, break_on_hyphens=False))
 
 
 def closest(name: str, allowed, prefix: str = "") -> str:

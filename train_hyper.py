@@ -430,6 +430,8 @@ def main(argv=None):
         raise UserError(f"{options.text}: no such file; --text names plain text, one document a "
                         "line, or JSON lines with a text; without any, leave this stage out: "
                         "--stage finetune --no-pretrained")
+    if rank == 0:
+        config.tell(options, parser(), options.stage)
     train(options, run)
 
 

@@ -441,6 +441,8 @@ def main(argv=None):
         run = Run(folder, options, rank, world, digests,
                          ranks_share_a_batch=stage != "lora")
         if not run.finished:
+            if rank == 0:
+                config.tell(options, parser(), stage)
             STAGES[stage](options, run)
 
 

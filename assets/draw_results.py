@@ -53,11 +53,11 @@ def draw(results: list[dict]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("error: python assets/draw_results.py RESULTS.json PICTURE.svg")
-    with open(sys.argv[1], encoding="utf-8") as f:
-        picture = draw(json.load(f)["results"])
     if os.path.exists(sys.argv[2]):
         with open(sys.argv[2], "rb") as f:
             if f.read(4) not in (b"<svg", b""):
                 sys.exit(f"error: {sys.argv[2]} is no picture of this script's, and stays; name another")
+    with open(sys.argv[1], encoding="utf-8") as f:
+        picture = draw(json.load(f)["results"])
     with open(sys.argv[2], "w", encoding="utf-8") as f:
         f.write(picture)

@@ -391,12 +391,49 @@ def test_options_are_told_those_that_differ_from_the_defaults_first(capsys):
     parser = train_hyper.parser()
     options = config.parse(parser, "finetune", ["--stage=finetune", "--seed=3", "--runs", "a b", "--no-pretrained"])
     config.tell(options, parser, "finetune")
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("options of finetune:") and second.startswith("as by default:")
-    for word in ("--seed 3", "--runs 'a b'", "--no-pretrained", "--rank 8", "--lr 0.0035", "--meta-model assets/t5-tiny"):
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
+    first, _, second = said.partition("as by default:")
+    first, second = first.split(), second.split()
+    assert first[:3] == ["options", "of", "finetune:"] and "'--runs=a b'" in said
+    for word in ("--seed=3", "--no-pretrained", "--rank=8", "--lr=0.0035", "--meta-model=assets/t5-tiny"):
         assert word in first and word not in second
-    for word in ("--instances 1", "--clip 1.0", "--no-standardize-logits", "--data data/sample"):
-        assert (word in second) != (word in first)
-    told = {word.split()[0] for line in (first, second) for word in line.split("--")[1:]}
+    for word in ("--instances=1", "--clip=1.0", "--no-standardize-logits", "--data=data/sample"):
+        assert word in second and word not in first
+    told = [word for word in [*first, *second] if word.lstrip("'").startswith("--")]
     unset = {action.dest for action in parser._actions if getattr(options, action.dest, None) is None}
     assert len(told) == len([a for a in parser._actions if a.dest not in unset | {"help", "stage"}])
+
+
+def test_a_stage_tells_its_options_once_and_one_that_is_done_does_not(project):
+    assert "options of finetune:" not in project.run("finetune")
+    said = project.run("finetune", "--name=other")
+    assert said.count("options of finetune:") == 1 and "--name=other" in said.split("as by default:")[0]
+
+
+def test_a_run_is_gone_on_with_however_its_paths_are_written_and_from_wherever(project, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    os.symlink(project.data, tmp_path / "link")
+    said = ["nothing to do" in call(train_hyper, *project.argv("finetune", "--data", data))
+            for data in (f"{project.data}/", f"{project.data}/../{project.data.name}", tmp_path / "link")]
+    assert all(said)
+    argv = ["--stage=pretrain", "--config", str(project.config), "--runs", str(tmp_path / "own"), "--llm", str(project.runs / "meta")]
+    train_hyper.main([*argv, "--data", "link", "--text", "link/corpus.txt"])
+    monkeypatch.chdir(tmp_path / "a")
+    train_hyper.main([*argv, "--data", "../link", "--text", str(project.data / "corpus.txt")])
+    record = yaml.safe_load((tmp_path / "own" / "pretrain" / "config.yaml").read_text())
+    assert record["cwd"] == str(tmp_path) and record["data"] == "link"
+
+
+def test_an_llm_that_somebody_else_saved_is_no_run_whatever_its_files_are_called(project):
+    """Its files have the names that a checkpoint of ours has, and none is ours to remove."""
+    mine = project.runs / "t5-base"
+    mine.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (mine / name).write_text("mine")
+    for flags in ((), ("--fresh",)):
+        assert "t5-base" in project.refuses("finetune", "--name", "t5-base", *flags)
+    (project.runs / "mine").mkdir()
+    (project.runs / "mine" / "thesis.txt").write_text("mine")
+    assert "mine" in project.refuses("finetune", "--name", "mine", "--fresh")

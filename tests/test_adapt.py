@@ -1,4 +1,5 @@
 """Own instructions: adapt.py, an adapter's rows, scale and sums, its files, and PEFT's reading of an export."""
+import io
 import json
 import os
 import shutil
@@ -627,6 +628,124 @@ def test_white_space_one_text_and_nothing_are_no_instructions(full):
     with pytest.raises(UserError, match="weights"):
         Adapter.combine([])
     assert len(tagi.adapt(INSTRUCTIONS[:2])[1:1]) == 0
+
+
+TWO = INSTRUCTIONS[:2]
+PAIR = ("a red cat", "cat")
+
+
+@pytest.mark.parametrize("instructions, demonstrations, said", [
+    ("say it", None, "list of instructions"), (b"say it", None, "list of instructions"), ({"say it": 1}, None, "list of instructions"),
+    ({"say it"}, None, "list of instructions"), (None, None, "list of instructions"), (7, None, "list of instructions"),
+    (iter(TWO), None, "list of instructions"), ([], None, "empty"), (["say it", None], None, "number 2"), ([b"say it"], None, "number 1"),
+    ([["say it"]], None, "number 1"), (["say it", 3.5], None, "number 2"), (["say \ud83d"], None, "Unicode"), ([" "], None, "white space"),
+    (TWO, "pairs", "demonstrations"), (TWO, {"input": "a", "output": "b"}, "demonstrations"), (TWO, [], "0 lists for 2"), (TWO, [[PAIR]], "1 lists for 2"),
+    (TWO, [[PAIR]] * 3, "3 lists for 2"), (TWO, [PAIR, PAIR], "instruction 1"), (TWO, [[], ["ab"]], "instruction 2"), (TWO, [[], [b"ab"]], "instruction 2"),
+    (TWO, [[{"input": "a", "output": "b"}], []], "instruction 1"), (TWO, [[("a",)], []], "not 1"), (TWO, [[("a", "b", "c")], []], "not 3"),
+    (TWO, [[("a", 1)], []], "instruction 1"), (TWO, [[("a", None)], []], "instruction 1"), (TWO, [[], None], "instruction 2"),
+    (TWO, [[("a", "\udc00")], []], "Unicode"), (TWO, {0: [PAIR], 1: []}, "demonstrations"), (TWO, [{PAIR}, []], "instruction 1")])
+def test_what_adapt_would_take_apart_or_miscount_is_one_line(full, instructions, demonstrations, said):
+    with pytest.raises(UserError) as error:
+        TAGI.load(full).adapt(instructions, demonstrations)
+    line = str(error.value)
+    assert said in line and "\n" not in line and len(line) <= 300
+
+
+@pytest.mark.parametrize("inputs, said", [
+    ("one text", "list of inputs"), (b"x", "list of inputs"), ({"a": 1}, "list of inputs"), (None, "list of inputs"), (["a", 3], "number 2"),
+    ([["a"]], "number 1"), (["a", " "], "input 2 is empty"), (["a \udfff"], "Unicode"), ({"a", "b"}, "list of inputs")])
+def test_what_is_no_list_of_inputs_is_one_line(full, inputs, said):
+    tagi = TAGI.load(full)
+    for ask in (lambda: tagi.generate(inputs, None), lambda: tagi.score_choices(inputs, [["a"]] * 2, None)):
+        with pytest.raises(UserError, match=said):
+            ask()
+
+
+@pytest.mark.parametrize("choices, said", [
+    ("ab", "choices"), (["ab", "cd"], "input 1"), ([["a"]], "1 lists for 2"), ([["a"]] * 3, "3 lists for 2"), ([], "0 lists for 2"),
+    ([["a"], []], "input 2"), ([["a"], ["b", None]], "input 2"), ([{"a": 1}, ["b"]], "input 1"), ([["a"], ["\ud800"]], "Unicode"), (None, "choices"),
+    ({"a": ["b"], "c": ["d"]}, "choices")])
+def test_choices_are_a_list_of_texts_for_each_input(full, choices, said):
+    with pytest.raises(UserError, match=said):
+        TAGI.load(full).score_choices(INPUTS[:2], choices, None)
+
+
+def test_adapters_and_numbers_of_another_kind_are_one_line(full):
+    tagi = TAGI.load(full)
+    adapters = tagi.adapt(INSTRUCTIONS[:3])
+    for wrong, said in (("an instruction", "what adapt returns"), (list(adapters), "what adapt returns"), (adapters.weights, "what adapt returns"),
+                        (adapters, "3 adapters for 2 inputs"), (adapters[:2], "2 adapters for 1 inputs"), (adapters[:0], "0 adapters")):
+        with pytest.raises(UserError, match=said):
+            tagi.generate(INPUTS[:1] if said.startswith("2") else INPUTS[:2], wrong)
+    for key, value in (("batch_size", 0), ("batch_size", -1), ("batch_size", 1.5), ("num_beams", 0), ("max_new_tokens", 0), ("max_new_tokens", "8")):
+        with pytest.raises(UserError, match=key):
+            tagi.generate(INPUTS, None, **{key: value})
+    for scale in (float("nan"), float("inf"), "1", None, [1.0]):
+        with pytest.raises(UserError, match="scale"):
+            tagi.adapt(TWO, scale=scale)
+
+
+def test_lists_of_other_kinds_are_lists(full):
+    """Tuples, arrays, and pairs written as lists give the same adapter; no inputs give no answers."""
+    numpy, tagi = pytest.importorskip("numpy"), TAGI.load(full)
+    expected = scores(tagi, tagi.adapt(TWO, [[PAIR], []]).select([0, 0, 1, 1]))
+    for instructions in (tuple(TWO), numpy.array(TWO), numpy.array(TWO, dtype=object)):
+        found = tagi.adapt(instructions, ([list(PAIR)], ()), scale=numpy.float32(1)).select([0, 0, 1, 1])
+        assert torch.equal(scores(tagi, found, numpy.array(INPUTS)), expected)
+    one = tagi.adapt(TWO[:1])
+    assert tagi.generate([], one) == [] and tagi.score_choices([], [], None) == []
+    assert one.tasks == [{"instruction": TWO[0], "demonstrations": []}]
+
+
+def test_a_model_and_an_adapter_are_told_in_one_line(full):
+    tagi = TAGI.load(full)
+    for one in (tagi, tagi.adapt(TWO), tagi.adapt(TWO)[:0], Adapter.combine(list(tagi.adapt(TWO)))):
+        assert "\n" not in repr(one) and len(repr(one)) < 200 and str(one) == repr(one)
+    assert "rank 2" in repr(tagi) and "generator attention" in repr(tagi)
+
+
+def test_a_model_is_loaded_to_the_gpu_where_there_is_one_unless_told(full, monkeypatch):
+    asked = []
+
+    def load_llm(path, device, *args):
+        asked.append(device)
+        raise UserError("enough")
+    monkeypatch.setattr(t5, "load_llm", load_llm)
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        for device in ((), ("auto",), (None,), ("cpu",), ("cuda",), ("cuda:1",), (torch.device("cpu"),)):
+            with pytest.raises(UserError, match="enough" if there or "cuda" not in str(device) else "no GPU"):
+                TAGI.load(full, *device)
+    assert asked == ["cuda"] * 3 + ["cpu", "cuda", "cuda:1", "cpu"] + ["cpu"] * 5
+
+
+@pytest.mark.parametrize("stdout, code, said", [("full", 2, "standard output cannot be written"), ("closed", None, ""), ("ascii", None, "")])
+def test_answers_on_a_full_a_closed_and_an_ascii_terminal(stdout, code, said, monkeypatch):
+    stream = {"full": lambda: open("/dev/full", "w"), "closed": lambda: None,
+              "ascii": lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii")}[stdout]()
+    err, ended = io.StringIO(), None
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", err)
+    try:
+        adapt.main(["--device=cpu", "--instruction", "Find the city.", "--json", "--input", "A cat came to Rome by boat, née."])
+    except SystemExit as end:
+        ended = end.code
+    monkeypatch.undo()
+    lines = [line for line in err.getvalue().splitlines() if not line.startswith("warning:")]
+    assert ended == code and len(lines) == bool(said) and said in "".join(lines), lines
+    if stdout == "ascii":
+        told = stream.buffer.getvalue()
+        assert json.loads(told)["input"].endswith("née.") and told.isascii()
+
+
+def test_a_parent_folder_that_was_made_for_a_failed_save_goes_too(alone, tmp_path):
+    adapter = TAGI.load(alone).adapt(INSTRUCTIONS[:1])
+    with mock.patch.object(common, "save_file", side_effect=OSError(28, "No space left on device")):
+        with pytest.raises(UserError, match="No space left"):
+            adapter.save(str(tmp_path / "a" / "b" / "c"))
+    assert not list(tmp_path.iterdir())
+    adapter.save(str(tmp_path / "a" / "b" / "c"))
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["c"]
 
 
 def test_a_folder_that_is_no_adapter_is_named(project, tmp_path):

@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -321,21 +322,27 @@ def test_the_default_suite_is_written_where_it_is_missing_and_only_there(quick_s
     assert tree(tmp_path) == written
 
 
-def test_other_writers_replace_only_their_own(tmp_path):
+def test_other_writers_replace_only_their_own(tmp_path, tmp_path_factory, monkeypatch):
     """Packed checkpoints, pages of the benchmarks, pictures of results."""
     mine = tmp_path / "model"
     mine.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (mine / name).write_text("mine")
     (tmp_path / "notes.md").write_text("mine")
+    results = tmp_path_factory.mktemp("results") / "results.json"
+    results.write_text('{"results": []}')
     before = tree(tmp_path)
-    for words in ((ROOT / "assets/pack.py", SHIPPED, mine), (ROOT / "assets/draw_results.py", tmp_path / "r.json", tmp_path / "notes.md")):
-        (tmp_path / "r.json").write_text('{"results": []}')
-        assert process(*words, cwd=tmp_path).returncode != 0
-        (tmp_path / "r.json").unlink()
-        assert tree(tmp_path) == before
-    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+    for folder in ("assets", "tests/benchmarks"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    import pack
     import pages
+    with pytest.raises(SystemExit, match="holds other files"):
+        pack.pack(str(SHIPPED), str(mine))
+    assert tree(tmp_path) == before
+    monkeypatch.setattr(sys, "argv", ["draw_results.py", str(results), str(tmp_path / "notes.md")])
+    with pytest.raises(SystemExit, match="no picture"):
+        runpy.run_path(str(ROOT / "assets" / "draw_results.py"), run_name="__main__")
+    assert tree(tmp_path) == before
     with pytest.raises(SystemExit, match="was not written"):
         pages.write(tmp_path / "notes.md", "# Title\ntext")
     assert tree(tmp_path) == before

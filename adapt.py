@@ -160,13 +160,14 @@ def answer_all(tagi, adapter, options) -> None:
 def answer_file(tagi, options) -> None:
     """The tasks of --instructions, each with its adapter, in mixed batches."""
     remedy = "--instructions reads JSON lines with instruction, input, demonstrations"
-    rows = records.read_json_lines(options.instructions, remedy, instruction=str, input=str)
-    for n, row in enumerate(rows, 1):
+    rows = []
+    for where, row in records.numbered_rows(options.instructions, remedy, instruction=str, input=str):
         pairs = row.setdefault("demonstrations", [])
         fine = isinstance(pairs, list) and all(common.is_texts(p) and len(p) == 2 for p in pairs)
         if not (fine and row["instruction"].strip() and row["input"].strip()):
-            raise UserError(f"{options.instructions}, object {n}: it needs an instruction, an "
-                            "input, and demonstrations as [[input, output], ...]")
+            raise UserError(f"{where}: it needs an instruction, an input, and demonstrations as "
+                            "[[input, output], ...]")
+        rows.append(row)
     for batch in data.batches(rows, options.batch_size or 32):
         inputs = [row["input"] for row in batch]
         texts = [row["instruction"] for row in batch]
@@ -178,7 +179,10 @@ def answer_file(tagi, options) -> None:
 
 def prompt(text: str) -> str:
     print(text, end=": ", file=sys.stderr, flush=True)
-    return input().strip()
+    try:
+        return input().strip()
+    except UnicodeDecodeError:
+        raise UserError(f"this {text} is no text in UTF-8; type or send it again") from None
 
 
 def ask(tagi, options, adapter) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import yaml
 from jinja2 import nodes
 
-from bench.records import brief
+from bench import yaml_files
+from bench.records import brief, read_text
 from bench.sandbox import ENVIRONMENT, STEP, TooMuch
 from common import UserError, named_file, read_yaml
 
@@ -22,21 +23,8 @@ LONGEST_FIELD = 2048                        # characters; promptsource and T0 cu
 PIPES = "3ed2dface8203c4c9dfb1a5dc58e41e0"  # for "|||" in a row's own text, as in promptsource
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads promptsource's tags as plain mappings; any other tag is an error, nothing is run.
-
-    A key that a mapping has twice is an error too: YAML would drop what it says first.
-    """
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {name} is there twice", problem_mark=key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+class _Loader(yaml_files.Loader):
+    """Reads promptsource's tags as plain mappings; any other tag is an error, nothing is run."""
 
 
 for _tag in ("!Template", "!TemplateMetadata"):
@@ -234,9 +222,10 @@ def load_templates(root: str) -> dict[str, list[Template]]:
     remedy = "take promptsource/templates of " + GET_PROMPTSOURCE
     for path in sorted(glob.glob(f"{glob.escape(root)}/**/templates.yaml", recursive=True)):
         dataset = os.path.relpath(os.path.dirname(path), root).replace(os.sep, "/")
-        with named_file(path, remedy), open(path, encoding="utf-8") as f:
+        text = read_text(path, remedy)
+        with named_file(path, remedy):
             try:
-                content = yaml.load(f, _Loader)
+                content = yaml_files.load(text, _Loader)
             except yaml.MarkedYAMLError as error:
                 line = error.problem_mark.line + 1 if error.problem_mark else "?"
                 raise ValueError(f"line {line}: {error.problem}") from None

@@ -5,15 +5,18 @@ DEEPEST = 50            # levels of lists and mappings; the C parser's own limit
 LARGEST = 10 ** 6       # values that one may stand for
 
 
-def load(text: str):
-    """The value of a YAML document. Raises ValueError or YAMLError, with the line where it can."""
-    depth = 0
-    for event in yaml.parse(text, Loader):
+def load(text: str, loader=None):
+    """The value of a YAML document. Raises ValueError or YAMLError, with the line where it can.
+
+    loader: a kind of Loader that knows tags of its own.
+    """
+    depth, loader = 0, loader or Loader
+    for event in yaml.parse(text, loader):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"line {event.start_mark.line + 1}: over {DEEPEST} levels deep")
-    return yaml.load(text, Loader)
+    return yaml.load(text, loader)
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):     # the C one is ten times faster

@@ -38,6 +38,10 @@ ODD = [None, True, False, 0, 1, -1, -2, 3, 7, 1.0, 0.5, -0.0, 1e308, float("nan"
 _root = []
 
 
+class NonFinite(Exception):
+    """A score that came out is no number from 0 to 100."""
+
+
 def folder() -> Path:
     """A folder of this process's own, whose files the next case overwrites."""
     if not _root:
@@ -308,7 +312,8 @@ def scored(rng, lines: bytes, references: bytes | None) -> None:
     for result in found["results"]:
         look([result["row"], *result["by_task"]["rouge_l"], *result["by_category"]["rouge_l"]])
         collect(result)
-    assert numbers and all(math.isfinite(x) and 0 <= x <= 100 + 1e-9 for x in numbers), numbers
+    if not numbers or not all(math.isfinite(x) and 0 <= x <= 100 + 1e-9 for x in numbers):
+        raise NonFinite(numbers)
     json.dumps(found).encode()
 
 

@@ -12,7 +12,6 @@ import math
 import random
 import sys
 import tempfile
-import types
 import warnings
 from collections import Counter
 from pathlib import Path

@@ -6,6 +6,8 @@ The student reads the prompt instead where the fields would tell it more than th
 """
 import os
 import random
+import resource
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -105,6 +107,75 @@ def test_yaml_with_another_tag_is_refused(tmp_path):
                        match="rte/templates.yaml.*could not determine a constructor"):
         load_templates(str(tmp_path))
     assert not (tmp_path / "done").exists()
+
+
+# ------------------------------------------------------------------------------------------- bounds
+
+GROWING = "{% set ns = namespace(x=X, y=X) %}{% for i in range(99) %}{% set ns.x = F %}{% set ns.y = F %}{% endfor %}"
+TOO_MUCH = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(9999) %}{% for j in range(9999) %}{{i}}{% endfor %}{% endfor %}",
+    "{% for i in range(9999) %}" * 3 + "x" + "{% endfor %}" * 3,
+    "{% for i in range(99999) %}" + "a long text " * 900 + "{% endfor %}",
+    "{% set x %}{% for i in range(99999) %}" + "a long text " * 900 + "{% endfor %}{% endset %}{{x}}",
+    "{% for i in range(99999) %}{% if -1 in range(99999) | list %}{% endif %}{% endfor %}",
+    "{% set xs = range(99999) | list %}{% for i in xs %}{% set y = xs[1:] %}{% endfor %}",
+    "{% set xs = range(99999) | list %}{% for i in xs %}{% if xs == [0] %}{% endif %}{% endfor %}",
+    "{% set xs = range(99999) | list %}{% for i in xs %}{{xs.index(i)}}{% endfor %}",
+    "{% set xs = range(99999) | list %}{% for i in xs %}{{xs | max}}{% endfor %}",
+    "{% for i in range(99999) %}{{loop.cycle(premise * 999)}}{% endfor %}",
+    "{{ 'a' * 10**10 }}", "{{ ('a' * 10**10) }}", "{{ (10**10 * 'a') }}", "{{ ([0] * 10**9) }}", "{{ (([0] * 9999) * 9999) }}",
+    "{{ 10**10**10 }}", "{{ (9**9)**(9**9) }}", "{{ (10**98)**98 }}", "{{ 2.0**99999 }}", "{{ 7**'a' }}",
+    "{{ 'a' | center(10**9) }}", "{{ 'a'.center(10**9) }}", "{{ 'a'.ljust(10**9) }}", "{{ '1'.zfill(10**9) }}",
+    "{{ 'a\tb'.expandtabs(10**9) }}", "{{ (5).to_bytes(10**9, 'big') }}", "{{ 'a' | indent(10**9) }}",
+    "{{ ('%999999999d' % 1) }}", "{{ '%*d' | format(10**9, 1) }}", "{{ '{:>999999999}'.format(1) }}", "{{ '{:>{}}'.format(1, 10**9) }}",
+    "{{ '{a:>999999999}'.format_map({'a': 1}) }}", "{{ range(9999) | map('center', 10**9) | list }}", "{{ 1.5 | round(10**9, 'ceil') }}",
+    "{{ [1] | batch(10**9, 0) | list }}", "{{ [1] | slice(10**9) | list }}", "{{ lipsum(n=10**6) }}", "{{ range(10**9) }}",
+    "{{ range(99999) | map('string') | join(premise * 999) }}", "{{ (premise * 999).join(['a'] * 99999) }}",
+    "{{ (premise * 999).replace('', premise * 999) }}", "{{ premise * 999 | replace('', premise * 999) | replace('', 'abc') }}",
+    "{{ [[1]] * 99999 | sum(start=[]) }}", "{{ ('f' * 99999) | int(base=16) }}", "{{ premise | urlize }}", "{{ premise | tojson(indent=10**9) }}",
+    GROWING.replace("X", "'ab'").replace("F", "ns.x ~ ns.x") + "{{ns.x}}", GROWING.replace("X", "'ab'").replace("F", "ns.x + ns.x") + "{{ns.x}}",
+    GROWING.replace("X", "'ab'").replace("F", "[ns.x, ns.x] | join") + "{{ns.x}}", GROWING.replace("X", "[1]").replace("F", "ns.x + ns.x") + "{{ns.x}}",
+    GROWING.replace("X", "[1]").replace("F", "[ns.x, ns.x]") + "{{ns.x}}", GROWING.replace("X", "[1]").replace("F", "(ns.x, ns.x)") + "{{ns.x == ns.y}}",
+    GROWING.replace("X", "{}").replace("F", "{'a': ns.x, 'b': ns.x}") + "{{ns.x}}", GROWING.replace("X", "99").replace("F", "ns.x * ns.x") + "{{ns.x}}",
+    GROWING.replace("X", "{}").replace("F", "dict(a=ns.x, b=ns.x)") + "{{ns.x}}", GROWING.replace("X", "'ab'").replace("F", "ns.x.replace('', ns.x)"),
+    "{% macro f(n) %}{{f(n)}}{{f(n)}}{% endmacro %}{{f(1)}}", "{% for x in [1] recursive %}{{loop([1, 1])}}{% endfor %}",
+    "{% call(x) f() %}{% endcall %}", "{% include 'x' %}", "{% import 'x' as x %}", "{% extends 'x' %}", "{% block x %}{{self.x()}}{% endblock %}",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ 1" + " + 1" * 9000 + " }}", "{{ premise" + ".x" * 5000 + " }}", "{% if 1 %}" * 500 + "{% endif %}" * 500,
+    "{% for i in [1] %}" * 40 + "{% endfor %}" * 40, "x" * 100_000]
+
+
+@pytest.mark.parametrize("jinja", TOO_MUCH, ids=range(len(TOO_MUCH)))
+@pytest.mark.parametrize("where", ["prompt", "target", "choices"])
+def test_a_template_ends_in_a_line_whatever_it_asks_for(jinja, where):
+    """Within seconds, as the processor counts them, and without much memory, as this test's process has it."""
+    texts = {"prompt": (f"{jinja} ||| x", None), "target": (f"x ||| {jinja}", None), "choices": ("x ||| a", f"a ||| {jinja}")}[where]
+    begin, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(common.UserError) as error:
+        Template("super_glue/rte", "a name", *texts).render(RTE, 3)
+    assert str(error.value).startswith("super_glue/rte, template 'a name'") and len(str(error.value)) <= 300
+    assert time.process_time() - begin < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1_000_000          # kilobytes
+
+
+def test_variables_of_variables_do_not_double_a_templates_words_without_end():
+    jinja = "{% set a0 = 'word' %}" + "".join(f"{{% set a{n} = a{n - 1} ~ a{n - 1} %}}" for n in range(1, 60))
+    begin = time.process_time()
+    with pytest.raises(common.UserError, match="super_glue/rte, template 't'.*more than a prompt can need"):
+        Template("super_glue/rte", "t", jinja + "{{a59}} ||| x").text
+    assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize("jinja, rendered", [
+    ("{% for i in range(2000) %}{{ (i % 10) }}{% endfor %}", "0123456789" * 200), ("{{ ((premise ~ ' ') * 3) }}", "A cat sat. " * 2 + "A cat sat."),
+    ("{{ premise.split(' ') | map('upper') | join('-') }}", "A-CAT-SAT."), ("{{ ((label + 2) ** 2 - 1) }}", "8"),
+    ("{% for k, v in {'a': 1}.items() %}{{k}}={{v}}{% endfor %}", "a=1"), ("{{ [3, 1, 2] | sort | reverse | list | first }}", "3"),
+    ("{% for a, b in zip([1, 2], 'a b'.split()) if a > 1 %}{{loop.index}}{{b}}{% endfor %}", "1b"),
+    ("{% with x = premise[2:5] %}{{x | title}}{% endwith %}", "Cat"), ("{{ ['b', 'a'] | sort | join(', ') | replace('a', 'c') }}", "c, b"),
+    ("{% set ns = namespace(n=0) %}{% for x in [1, 2, 3] %}{% set ns.n = ns.n + x %}{% endfor %}{{ns.n}}", "6"),
+    ("{{ 'yes' if hypothesis is string and label == 1 and 'cat' in premise else 'no' }}", "yes"), ("{{ 12345678901234567890 }}", "12345678901234567890")])
+def test_what_a_prompt_can_need_is_rendered_within_the_bounds(jinja, rendered):
+    assert Template("d", "t", jinja + " ||| x").render(RTE, 3)[0] == rendered
 
 
 # ------------------------------------------------------------------------------------- the analysis

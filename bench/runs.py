@@ -171,7 +171,8 @@ class Run:
         """run.yaml: how each run in this folder was started, on what; it marks the folder as ours."""
         path, runs = f"{self.folder}/run.yaml", []
         if os.path.isfile(path):
-            runs = common.read_yaml(path, "remove it").get("runs", [])
+            with common.named_file(path, "remove it"):
+                runs = [*common.read_yaml(path, "remove it").get("runs", [])]
         runs.append({"command": machine.command_line(), "from_step": self.start, "processes": self.world,
                      "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                      "versions": machine.versions()} | machine.hardware(self.options.device))

@@ -402,7 +402,7 @@ def main(argv=None):
     parser = config.Parser("Write the built-in suite.", epilog=None)
     parser.add_argument("--out", type=config.path, default=SUITE,
                         help="folder to write; a suite that is there is replaced, nothing else")
-    parser.add_argument("--seed", type=config.at_least(0), default=0,
+    parser.add_argument("--seed", type=config.seed, default=0,
                         help="decides what is held out, the instances and the wordings")
     args = parser.parse_args(argv)
     write_suite(args.out, args.seed)

@@ -13,7 +13,9 @@ Here is who answers each row of the table, and what it reads: TAGI the input alo
 made from the task's instruction, another's or an empty one; an LLM the instruction with every
 input, or the input alone. bench/ keeps, scores and tells the answers.
 """
+import contextlib
 import functools
+import io
 import itertools
 import os
 
@@ -197,12 +199,12 @@ def ask(loaded, items, pairs, limits, llm=None, weights=None) -> list[str]:
     return predictions.likeliest(pairs, scores)
 
 
-def predict(loaded, row, demos, answers, tasks=None, name=None) -> None:
+def predict(loaded, row, demos, answers, at="", tasks=None, name=None) -> None:
     """Answer this process's share of a row's instances that `answers`, a Kept, lacks.
 
     Batches are those that one process forms when nothing is there, and are shared out whole: their
     padding, and so the answers, do not depend on how many there are or where it was stopped. With
-    `tasks` those are answered as the row's, under a name of their own.
+    `tasks` those are answered as the row's, under a name of their own. at: told with the progress.
     """
     o, name = loaded.options, name or ROWS[row]
     shares = []                                 # (tasks whose adapters are held, batches of them)
@@ -214,7 +216,7 @@ def predict(loaded, row, demos, answers, tasks=None, name=None) -> None:
         shares.append((group, loaded.share(todo)))
     bar = tqdm(total=sum(len(batch) for _, batches in shares for batch in batches), leave=False,
                disable=None if loaded.rank == 0 else True, dynamic_ncols=True,
-               desc=f"{name}, {report.SETTINGS[demos]}{loaded.told}")
+               desc=f"{at}{name}, {report.SETTINGS[demos]}{loaded.told}")
     for group, batches in shares:
         if batches:
             answer = answerer(loaded, row, demos, group, {"max_new_tokens": o.max_output})
@@ -275,6 +277,10 @@ def load(options, rank: int, world: int) -> Loaded:
                         "another --bench")
     options.batch_size = options.batch_size or (250 if options.bench == "sample" else 20)
     options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
+    if rank == 0:
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            config.tell(options, parser())
+        report.say(told.getvalue().rstrip())
     return Loaded(options, rank, world)
 
 
@@ -289,11 +295,12 @@ def run(options, rank: int, world: int) -> None:
     settings = (0,) if options.bench == "p3" else tuple(report.SETTINGS)
     asked = list(itertools.product(wanted, settings))
     with Kept(options, sources, rank, world) as answers:
-        for row, demos in asked:
-            predict(loaded, row, demos, answers)
         keys = []
         for row, demos in asked:
             keys += predictions.keys_of(ROWS[row], demos, loaded.tasks_of(row))
+        answers.tell(keys)
+        for n, (row, demos) in enumerate(asked, 1):
+            predict(loaded, row, demos, answers, f"{n} of {len(asked)}: ")
         if not answers.gather(keys):
             return                                      # the rest is for one process
         scores = []

@@ -190,7 +190,8 @@ class Kept:
         else:
             self._join_ranks()
             self.sources = before | self.sources
-        record = {**vars(self.options), "sources": self.sources, "versions": machine.versions()}
+        record = {**vars(self.options), "command": machine.command_line(),
+                  "sources": self.sources, "versions": machine.versions()}
         with common.named_file(f"{self.out}/config.yaml", OTHER, "written"):
             common.write_yaml(f"{self.out}/config.yaml", record)
 
@@ -212,6 +213,13 @@ class Kept:
         for file in files:
             os.unlink(file)
         return records
+
+    def tell(self, keys: list[tuple]) -> None:
+        """Say, on rank 0, how much there is to be predicted."""
+        todo = sum(key not in self.done for key in keys)
+        if self.rank == 0:
+            say(f"{self.out}: {todo} of {len(keys)} answers are to be made, by {self.world} "
+                f"process{'es' if self.world > 1 else ''}")
 
     def append(self, records: list[dict]) -> None:
         """Write a batch's predictions: they are in the file when this returns."""

@@ -42,13 +42,15 @@ def run(loaded, predict) -> None:
     with kept.Kept(o, sources, loaded.rank, loaded.world) as answers:
         asked, keys = {}, []                    # asked: key of CONDITIONS -> its tasks
         for key, given in texts.items():
-            tasks, name = [], CONDITIONS[key][1]
+            asked[key] = []
             for task in loaded.tasks:
                 if task.name in given:
-                    tasks.append(dataclasses.replace(task, definitions=[given[task.name]]))
-            predict(loaded, "tagi", 0, answers, tasks, name)
-            asked[key] = tasks
-            keys += predictions.keys_of(name, 0, tasks)
+                    asked[key].append(dataclasses.replace(task, definitions=[given[task.name]]))
+            keys += predictions.keys_of(CONDITIONS[key][1], 0, asked[key])
+        answers.tell(keys)
+        for n, (key, tasks) in enumerate(asked.items(), 1):
+            at = f"{n} of {len(asked)}: "
+            predict(loaded, "tagi", 0, answers, at, tasks, CONDITIONS[key][1])
         if not answers.gather(keys):
             return                              # the rest is for one process
         for key, tasks in asked.items():

@@ -200,8 +200,8 @@ def test_a_signal_ends_an_evaluation_with_a_line_and_nothing_is_lost(own, whole,
         patch.setattr(kept.Kept, "append", stopped)
         evaluate.main(["--checkpoint", TAGI, "--data", str(own), "--device=cpu", "--out", str(out), *ANSWERS])
     assert end.value.code == 130 and lines(out) == written
-    assert said.getvalue().strip().count("\n") == 0 and str(out) in said.getvalue()
-    assert "run the same command again" in said.getvalue()
+    line = said.getvalue().strip().splitlines()[-1]
+    assert line == f"stopped; what was predicted is in {out}: run the same command again to go on"
     run(own, out, *ANSWERS)
     assert (out / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
 
@@ -405,7 +405,8 @@ def test_the_table_can_be_read_on_an_ascii_terminal(own, tmp_path, monkeypatch):
 
 
 def test_the_end_says_where_the_results_are_and_what_comes_next(own, tmp_path):
-    *_, saved, then = run(own, tmp_path / "out", COPIES).strip().splitlines()
+    first, *_, saved, then = run(own, tmp_path / "out", COPIES).strip().splitlines()
+    assert first.startswith("options:") and f"--data {own}" in first       # what it runs with, at the start
     assert saved == f"saved in {tmp_path}/out: results.md, results.json, predictions.jsonl"
     assert f"adapt.py --checkpoint {TAGI}" in then and f"evaluate.py --probe --checkpoint {TAGI}" in then
 
@@ -449,7 +450,7 @@ def test_the_probe_takes_own_tasks_too(own, tmp_path):
     said = run(own, tmp_path / "out", "--probe", "--max-output=8")
     found = json.loads((tmp_path / "out/probe.json").read_text())
     assert (found["bench"], found["metric"], found["tasks"]) == ("sni", "rouge_l", 3)
-    assert said.startswith("left out: a paraphrase") and f"written to {tmp_path}/out" in said
+    assert "\nleft out: a paraphrase" in said and f"written to {tmp_path}/out" in said
 
 
 def options_for(*argv):

@@ -123,7 +123,7 @@ def test_the_probe_answers_as_an_evaluation_does(project, tmp_path):
     """The same predictions as the evaluation's rows of the same instructions; scores are theirs."""
     out = project.run(*asked(project))
     results, text, predictions = read(project.runs / "probe")
-    assert out.startswith(text) and out.splitlines()[-1].startswith(
+    assert text in out and out.splitlines()[-1].startswith(
         f"written to {project.runs / 'probe'}: ")
     assert [r["key"] for r in results["rows"]] == ALL and results["metric"] == "exact_match"
     project.run("evaluate", *SHIPPED, "--data", project.data, "--out", tmp_path / "out",

@@ -73,11 +73,14 @@ def bootstrap_interval(values, owner, samples=2000, seed=0) -> list[float]:
 # results: what `evaluate.run` and `predictions.rescore` return, and results.json holds.
 
 def say(text: str) -> None:
-    """Print it; where nobody reads on, as after `| head`, go on without: results are in files."""
+    """Print it; where nobody reads on (`| head`) or it is full, go on: results are in files."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"standard output cannot be written: {error.strerror}; going on, as results are "
+                  "written to files", file=sys.stderr)
 
 
 def write_file(path: str, text: str) -> None:

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -377,6 +378,18 @@ def test_results_are_there_where_the_terminal_is_ascii_and_nobody_reads_on(own, 
     assert done.returncode == 0 and (tmp_path / "err").read_bytes() == b""
     assert "N(t + n·i)" in (tmp_path / "out/results.md").read_text(encoding="utf-8")
     assert rows(tmp_path / "out") == [("copy_input", 0), ("copy_input", 2)]
+
+
+@pytest.mark.parametrize("what", ["full", "not read"])
+def test_an_evaluation_ends_where_its_standard_output_is_full_or_not_read(own, tmp_path, monkeypatch, capfd, what):
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if what == "full" else os.fdopen(write, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        evaluate.main(["--checkpoint", TAGI, "--data", str(own), "--device=cpu", "--out", str(tmp_path / "out"), COPIES])
+    said = capfd.readouterr().err
+    assert said.count("\n") == (what == "full") and ("No space left" in said) == (what == "full")
+    assert (tmp_path / "out/results.md").exists() and rows(tmp_path / "out")
 
 
 @contextlib.contextmanager

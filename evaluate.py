@@ -3,7 +3,7 @@
 Launch:
     python evaluate.py                                      # the built-in suite
     python evaluate.py --checkpoint DIR                     # what it was trained for
-    torchrun --nproc-per-node 8 evaluate.py --checkpoint DIR    # the same, on several GPUs
+    python -m bench.launch --nproc-per-node 8 evaluate.py --checkpoint DIR      # on 8 GPUs
     python evaluate.py --bench sni --data DIR --rows copy_input,copy_demo
     python evaluate.py --rescore predictions.jsonl --references test_references.jsonl
     python evaluate.py --ablations                          # of what bench/ablations.sh trained
@@ -312,6 +312,7 @@ def run(options, rank: int, world: int) -> None:
         results = describe(loaded, wanted, results) | {"results": report.join(results, scores)}
         report.write(results, options.out)
         if options.cost and {"tagi", "meta"} <= set(wanted):    # all are told relative to meta's
+            report.say("measuring what the rows cost; --no-cost leaves it out")
             costs = measure_costs(loaded, [r["key"] for r in results["results"]], settings)
             for result in results["results"]:
                 result |= costs.get(result["demos"], {}).get(result["key"], {})

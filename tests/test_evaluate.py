@@ -23,7 +23,6 @@ import train_teacher
 from bench import cost, kept, predictions, report, sample
 from bench.loaded import Loaded
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TAGI = str(ROOT / "assets/tagi-tiny")
 COPIES = "--rows=copy_input,copy_demo"
 ANSWERS = ("--rows=tagi,tagi_empty,no_instruction,copy_input", "--batch-size=4", "--no-cost")
@@ -95,15 +94,22 @@ def whole(own, tmp_path_factory):
 # -------------------------------------------------------------------------------- several processes
 
 @pytest.fixture(scope="module")
-def killed(own, tmp_path_factory):
-    """What two processes leave of which rank 1 is killed when it has written its third batch."""
-    out = tmp_path_factory.mktemp("killed") / "out"
-    script = out.parent / "killed.py"
-    script.write_text(f"""
+def launched(own, whole, tmp_path_factory):
+    """One launch of two processes, which takes seconds: the first evaluation goes on from the half
+    that one process made, in the second rank 1 is killed when it has written its third batch."""
+    folder = tmp_path_factory.mktemp("launched")
+    shutil.copytree(whole, folder / "two")
+    (folder / "two/results.json").unlink(), (folder / "two/results.md").unlink(), (folder / "two/categories.png").unlink()
+    half = (whole / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "two/predictions.jsonl").write_text("".join(half[len(half) // 2:]))
+    words = ["--checkpoint", TAGI, "--data", str(own), "--device=cpu", *ANSWERS]
+    (folder / "script.py").write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import evaluate
 from bench.kept import Kept
+evaluate.common.dist.destroy_process_group = lambda: None                   # a second group may hang
+evaluate.main({words!r} + ["--out", {str(folder / "two")!r}])
 append, written = Kept.append, []
 
 def kill_after_three(self, records):
@@ -113,14 +119,23 @@ def kill_after_three(self, records):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Kept.append = kill_after_three
-evaluate.main({['--checkpoint', TAGI, '--data', str(own), '--device=cpu', '--out', str(out), *ANSWERS]!r})
+evaluate.main({words!r} + ["--out", {str(folder / "killed")!r}])
 """)
-    ended = process(*TORCHRUN, "--nproc-per-node=2", script, code=1)
-    return out, ended.stdout + ended.stderr
+    return folder, process(sys.executable, "-m", "bench.launch", "--nproc-per-node=2", folder / "script.py", code=1)
 
 
-def test_two_processes_of_which_one_is_killed_lose_nothing_and_one_goes_on(own, whole, killed, tmp_path):
-    left, said = killed
+def test_two_processes_write_and_say_what_one_does_also_where_they_go_on(whole, launched):
+    folder, ended = launched
+    for name in ("predictions.jsonl", "results.md"):
+        assert (folder / "two" / name).read_bytes() == (whole / name).read_bytes()
+    assert results(folder / "two") == results(whole)
+    assert ended.stdout.count("**Def**, test tasks") == 1 and ended.stdout.count("saved in") == 1
+    assert "by 2 processes" in ended.stdout and "Traceback" not in ended.stderr
+    assert not list((folder / "two").glob("*.rank*"))
+
+
+def test_two_processes_of_which_one_is_killed_lose_nothing_and_one_goes_on(own, whole, launched, tmp_path):
+    left = launched[0] / "killed"
     assert not (left / "results.json").exists()
     ranks = [(left / name).read_text().splitlines() for name in ("predictions.jsonl", "predictions.rank1.jsonl")]
     assert len(ranks[1]) >= 3 and not set(ranks[0]) & set(ranks[1])
@@ -135,19 +150,6 @@ def test_two_processes_of_which_one_is_killed_lose_nothing_and_one_goes_on(own, 
     assert len(answered) == len(lines(whole)) - len(ranks[0]) - len(ranks[1])     # nothing twice
     for name in ("predictions.jsonl", "results.md"):
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
-    assert not list((tmp_path / "out").glob("*.rank*"))
-
-
-def test_two_processes_write_and_say_what_one_does_also_when_they_go_on(own, whole, killed, tmp_path):
-    shutil.copytree(killed[0], tmp_path / "out")
-    path = tmp_path / "out/predictions.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))        # little of it
-    ended = process(*TORCHRUN, "--nproc-per-node=2", "evaluate.py", "--checkpoint", TAGI, "--data", own,
-                    "--device=cpu", "--out", tmp_path / "out", *ANSWERS)
-    for name in ("predictions.jsonl", "results.md"):
-        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
-    assert results(tmp_path / "out") == results(whole)
-    assert ended.stdout.count("**Def**, test tasks") == 1 and ended.stdout.count("saved in") == 1
     assert not list((tmp_path / "out").glob("*.rank*"))
 
 

@@ -358,12 +358,15 @@ def read_config(path: str) -> dict:
 
 def recorded(checkpoint: str, known: set) -> dict:
     """The shared options of a checkpoint's run that are about its result; {} where it is none."""
-    if not os.path.isfile(f"{checkpoint}/config.yaml"):
+    newest = common.checkpoint_of(checkpoint) or checkpoint     # in the folder of a stage
+    if not os.path.isfile(f"{newest}/config.yaml"):
         return {}
     own = {}
-    for key, value in vars(common.load_options(checkpoint)).items():
+    for key, value in vars(common.load_options(newest)).items():
         if key.replace("_", "-") in known - {"fresh", "device", "seed"}:
             own[key] = value
+    if re.match(r"step-|best", os.path.basename(os.path.realpath(checkpoint))):
+        checkpoint = os.path.dirname(os.path.realpath(checkpoint))      # it lies in its stage's
     # Where it is now, moved or not; a link is to a folder that has its neighbours.
     runs, real = os.path.normpath(f"{checkpoint}/.."), os.path.dirname(os.path.realpath(checkpoint))
     return own | {"runs": runs if os.path.realpath(runs) == real else real}

@@ -279,7 +279,7 @@ def load(options, rank: int, world: int) -> Loaded:
     options.eval_instances = options.eval_instances or (None if options.bench == "p3" else 100)
     if rank == 0:
         with contextlib.redirect_stdout(io.StringIO()) as told:
-            config.tell(options, parser())
+            config.tell(options, parser(), "probe" if options.probe else "evaluate")
         report.say(told.getvalue().rstrip())
     return Loaded(options, rank, world)
 

@@ -160,4 +160,4 @@ def checkpoint_of(options) -> str:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such checkpoint; first run python train_hyper.py "
                         f"--stage finetune{t5.config_flag(options)}")
-    return common.checkpoint_of(folder) or folder
+    return t5.checkpoint_at(folder)

@@ -185,9 +185,9 @@ def sources_of(loaded, wanted) -> dict:
     if set(wanted) - HEURISTICS:
         weights = t5.weights_digest(loaded.checkpoint)
         sources["checkpoint"] = weights + loaded.tagi.options.llm_fingerprint
-        # By its place, which is the same where both were moved.
-        sources["model"] = os.path.relpath(os.path.realpath(loaded.checkpoint),
-                                           os.path.realpath(o.runs))
+        # By its stage's place, which is the same where runs were moved, and at a later step.
+        stage = re.sub(r"/step-\d+$", "", os.path.realpath(loaded.checkpoint))
+        sources["model"] = os.path.relpath(stage, os.path.realpath(o.runs))
     if {"meta", "meta_unseen_wording"} & set(wanted):
         sources["meta"] = t5.weights_digest(t5.meta_path(o))
     if "no_finetuning" in wanted:
@@ -273,8 +273,8 @@ def rescore(path: str, references: str | None, bench: str | None) -> dict:
                                 "not tell whose they are; drop --references")
             scored = [r | {"prediction": given.get(name, "")} for name, r in official.items()]
             if missing := len(official) - len(given):
-                print(f"{row}: {missing} of {len(official)} instances have no prediction and "
-                      "score as empty")
+                say(f"{row}: {missing} of {len(official)} instances have no prediction and "
+                    "score as empty")
         results.append(score(row, demos, scored, bench != "sni"))
     return {"bench": bench, "split": "rescored", "results": results, "published": [],
             "versions": machine.versions()}

@@ -420,8 +420,9 @@ def test_the_table_can_be_read_on_an_ascii_terminal(own, tmp_path, monkeypatch):
 
 
 def test_the_end_says_where_the_results_are_and_what_comes_next(own, tmp_path):
-    first, *_, saved, then = run(own, tmp_path / "out", COPIES).strip().splitlines()
-    assert first.startswith("options:") and f"--data {own}" in first       # what it runs with, at the start
+    said = run(own, tmp_path / "out", COPIES)
+    assert said.startswith("options of evaluate: ") and said.count(f"--data={own}") == 1    # what it runs with, at the start
+    *_, saved, then = said.strip().splitlines()
     assert saved == f"saved in {tmp_path}/out: results.md, results.json, predictions.jsonl"
     assert f"adapt.py --checkpoint {TAGI}" in then and f"evaluate.py --probe --checkpoint {TAGI}" in then
 
@@ -488,6 +489,24 @@ def test_the_bench_is_that_of_the_data_that_the_checkpoint_was_trained_on(own, t
         assert (options.data, predictions.bench_for(options)) == (str(own), "sni")
     common.write_yaml(str(folder / "config.yaml"), record | {"data": str(own), "format": "p3"})
     assert predictions.bench_for(options_for("--runs", tmp_path / "runs")) == "p3"
+
+
+def test_a_stage_that_is_not_finished_is_evaluated_at_its_newest_checkpoint(own, tmp_path):
+    """By the stage's folder or the checkpoint's; its results then make room for those of a later one."""
+    stage = tmp_path / "runs/finetune"
+    for n, name in enumerate(("step-000004", "step-000010")):
+        shutil.copytree(TAGI, stage / name)
+        record = common.read_yaml(stage / name / "config.yaml", "") | {
+            "data": str(own), "llm_path": str(ROOT / "assets/t5-tiny"), "llm_is_relative": False, "finished": False}
+        del record["data_digest"]
+        common.write_yaml(str(stage / name / "config.yaml"), record)
+        weights = common.load_file(stage / name / "model.safetensors")
+        common.save_tensors(str(stage / name / "model.safetensors"), {key: p * (1 - 0.01 * n) for key, p in weights.items()},
+                            {"step": "0"})
+        for folder in (stage, stage / name):
+            said = call(evaluate, "--checkpoint", str(folder), "--device=cpu", "--rows=tagi_empty", "--max-output=3")
+            assert f"saved in {tmp_path}/runs/evaluate:" in said and "| Animals |" in said
+    assert (tmp_path / "runs/evaluate/results.md.1").exists() and not (tmp_path / "runs/evaluate/results.md.2").exists()
 
 
 def test_the_suite_is_known_wherever_it_is(own, tmp_path):

@@ -20,7 +20,7 @@ import common
 import config
 import data
 import t5
-from bench import memory, p3, predictions, sample
+from bench import memory, p3, predictions, sample, terminal
 from common import UserError
 
 EDGES = (8, 16, 32, 64, 128, 256, 512, 1024)    # of the histogram, tokens
@@ -32,7 +32,7 @@ LETTERS = 4                                     # of a token, about, where no to
 
 def add_own_options(parser):
     add = parser.add_argument_group("check").add_argument
-    add("file", nargs="?", metavar="CONFIG", help="the same as --config CONFIG")
+    add("file", nargs="?", metavar="CONFIG", help="the same as --config CONFIG, and its default")
     add("--memory", default=False, **config.flag,
         help="the table of memory alone, of a size that the LLM's name or folder tells")
     add("--texts", type=config.at_least(0), default=5000,
@@ -339,6 +339,7 @@ def check(argv, options) -> list[str]:
 
 
 @common.command
+@terminal.printing
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     early = own_parser().parse_known_args(argv)[0]

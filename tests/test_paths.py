@@ -22,13 +22,13 @@ import evaluate
 import t5
 import train_hyper
 import train_teacher
-from bench import listed, sample
+from bench import check, listed, sample
 from common import UserError
 from hypernet import TAGI
 
 SHIPPED = ROOT / "assets" / "tagi-lora"
 SCRIPTS = {"adapt": adapt, "evaluate": evaluate, "train_hyper": train_hyper, "train_teacher": train_teacher,
-           "bench.sample": sample}
+           "bench.sample": sample, "bench.check": check}
 ASK = ["--instruction", "Find the city.", "--input", "A cat came to Rome by boat."]
 
 
@@ -376,7 +376,7 @@ def test_every_line_of_help_tells_the_default(name, monkeypatch):
         said = " ".join(help_of(name, monkeypatch, "utf-8").split())
         assert "(default: data/sample)" in said and "(default: 0)" in said
         return
-    parser = SCRIPTS[name].parser()
+    parser = (getattr(SCRIPTS[name], "own_parser", None) or SCRIPTS[name].parser)()
     for action in parser._actions:
         if action.dest == "help":
             continue

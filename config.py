@@ -20,31 +20,16 @@ taken from beside the scripts; ~ is your home folder."""
 ORDER = """
 A config's values go before the defaults told here, the command line's before both; without --config
 it is configs/sample.yaml, the built-in suite's."""
-# Signs of help texts, as a terminal that has ASCII alone gets them.
-PLAIN = str.maketrans({"λ": "lambda", "Δ": "Delta", "·": "*", "–": "-", "…": "...", "→": "->"})
 
 # What a config file may hold beside options: one section for each stage, with its options.
 SECTIONS = ("base", "meta", "lora", "lora_all", "pretrain", "finetune", "evaluate")
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Tells each option's default, unless its help does or there is none."""
-
-    def _get_help_string(self, action):                 # as argparse's own formatters do
-        text = (action.help or "").removesuffix(" (default: %(default)s)")      # of a flag
-        default = action.default
-        if default in (None, argparse.SUPPRESS) or default == [] or "default:" in text:
-            return text
-        if isinstance(default, bool):
-            default = "yes" if default else "no"
-        return f"{text} (default: {default})".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
     where = ""                                  # the file whose values are parsed, for error lines
 
     def __init__(self, doc, epilog=PLACES):
-        super().__init__(description=doc, epilog=epilog, formatter_class=HelpFormatter,
+        super().__init__(description=doc, epilog=epilog, formatter_class=terminal.HelpFormatter,
                          allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -54,11 +39,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def print_help(self, file=None):
-        file = file or sys.stdout
-        text = self.format_help()
-        if not terminal.has_unicode(file):
-            text = text.translate(PLAIN).encode("ascii", "replace").decode()
-        file.write(text)
+        terminal.write_help(self.format_help(), file or sys.stdout)
 
     def error(self, message):
         raise common.UserError(f"{self.where}{message} (--help lists the options)")
@@ -127,6 +108,11 @@ def beside(text):
         ours = os.path.join(HERE, os.path.normpath(found))
         return ours if os.path.exists(ours) else found
     return found
+
+
+def script(name: str) -> str:
+    """A script of ours as it is started from the current folder, for commands that are told."""
+    return name if os.path.exists(name) else shlex.quote(os.path.join(HERE, name))
 
 
 def plain_name(text):
@@ -444,5 +430,5 @@ def check_fits(expected: dict, folder: str, record: dict, keys, llm_path: str, r
     for key in keys:                                # another alpha's would load, rescaled
         new = expected[key]
         if record.get(key, new) != new:
-            raise common.UserError(f"{folder} has --{key} {record[key]}, not {new}; use the same, or "
-                                   f"{remedy}")
+            raise common.UserError(f"{folder} has --{key} {record[key]}, not {new}; use the same, "
+                                   f"or {remedy}")

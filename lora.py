@@ -320,7 +320,7 @@ class Adapter:
         """Write all that answers need beside the frozen LLM: a checkpoint without a hypernetwork,
         for TAGI.load, and adapter.safetensors, for `load`. Raises UserError where the folder is
         there already or cannot be written, and then leaves nothing."""
-        model = loaded(self.model)
+        model, folder = loaded(self.model), os.path.expanduser(folder)
         tensors = {"states": self.states, "mask": self.mask} | flatten(self.weights or {})
         for l, (keys, values) in enumerate(self.fusion):
             tensors |= {f"fusion.{l}.keys": keys, f"fusion.{l}.values": values}
@@ -336,6 +336,7 @@ class Adapter:
     @classmethod
     def load(cls, folder: str) -> "Adapter":
         """What `save` wrote; a model that uses it first checks it, and takes it to its device."""
+        folder = os.path.expanduser(folder)
         if not os.path.isfile(f"{folder}/adapter.safetensors"):
             raise UserError(f"{folder} is no saved adapter; write one with adapt.py --save")
         needs = ("adapter_digest", "scale", "adapted_to", *recorded.OF_A_STUDENT)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import common
 from bench import llm_files
 from common import UserError, named_file
-from config import DEFAULT_CONFIG, beside
+from config import DEFAULT_CONFIG, beside, script
 
 # model_type in config.json; ByT5, Flan-T5, T0, Tk-Instruct and MADLAD-400 are "t5"
 FAMILY = ("t5", "mt5", "umt5", "longt5")
@@ -225,7 +225,8 @@ def finished_stage(stage: str, options, digests=None) -> str:
     folder = os.path.join(options.runs, stage)
     if not common.is_finished(folder):
         raise UserError(f"{folder} is not finished; first run "
-                        f"python train_teacher.py --stage {stage}{config_flag(options)}")
+                        f"python {script('train_teacher.py')} --stage {stage}"
+                        f"{config_flag(options)}")
     record = common.read_record(folder)
     found = vars(options) | (digests or {})
     common.check_digests(found, folder, record, ["data_digest"])    # stages may read other texts

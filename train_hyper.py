@@ -193,8 +193,9 @@ def start_from_pretrained(options, run, parameters):
     """Fill the parameters that the pretrain stage has too; parts that are new here stay new."""
     folder = os.path.join(options.runs, "pretrain")
     if not common.is_finished(folder):
-        raise UserError(f"{folder} is not finished; first run python train_hyper.py --stage "
-                        f"pretrain{t5.config_flag(options)}, or add --no-pretrained")
+        raise UserError(f"{folder} is not finished; first run python "
+                        f"{config.script('train_hyper.py')} --stage pretrain"
+                        f"{t5.config_flag(options)}, or add --no-pretrained")
     old, new = vars(recorded.load_options(folder)), run.record()
     keys = ["llm_fingerprint"]
     if options.generator != "none":             # another alpha's weights would load, rescaled
@@ -359,7 +360,8 @@ def train(options, run):
         t5.check_knows(tagi.tokenizer, data.texts_of(tasks), options.data)
         get_batch, names = finetune_batches(options, tagi, n_micro, tasks)
         if aligns(options) or (options.lambda_kl and options.kl_teacher == "lora"):
-            command = f"python train_teacher.py --stage lora{t5.config_flag(options)}"
+            command = f"python {config.script('train_teacher.py')} --stage lora"
+            command += t5.config_flag(options)
             teachers = load_teachers(f"{options.runs}/lora", names, tagi.llm, run.record(), command)
             if options.alignment == "svd":      # the same products, so L_kl's teachers stay as is
                 teachers = svd_factors(teachers)

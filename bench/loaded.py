@@ -5,6 +5,7 @@ import json
 import os
 
 import common
+import config
 import data
 import t5
 from bench import predictions
@@ -68,7 +69,8 @@ class Loaded:
         stage, unit = "lora-all", "all"
         if row == "teachers":
             stage, unit = "lora", self.tagi.options.unit
-        command = f"python train_teacher.py --stage {stage}{t5.config_flag(self.options)}"
+        command = f"python {config.script('train_teacher.py')} --stage {stage}"
+        command += t5.config_flag(self.options)
         return os.path.join(self.options.runs, stage), unit, command
 
     @staticmethod
@@ -158,6 +160,7 @@ def checkpoint_of(options) -> str:
         raise UserError(f"{folder}: no such folder; --checkpoint names one that train_hyper.py "
                         "--stage finetune wrote")
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such checkpoint; first run python train_hyper.py "
-                        f"--stage finetune{t5.config_flag(options)}")
+        raise UserError(f"{folder}: no such checkpoint; first run python "
+                        f"{config.script('train_hyper.py')} --stage finetune"
+                        f"{t5.config_flag(options)}")
     return t5.checkpoint_at(folder)

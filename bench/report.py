@@ -9,6 +9,7 @@ import sys
 import numpy as np
 
 import common
+import config
 from bench import p3
 from bench.rouge import exact_match, rouge_l
 from common import UserError
@@ -112,8 +113,9 @@ def write(results: dict, out: str) -> None:
 def tell(results: dict, out: str, checkpoint: str) -> None:
     """Print the tables of what was written to `out`, and what one may do next."""
     say(f"{tables(results)}\n\nsaved in {out}: results.md, results.json, predictions.jsonl\n"
-        f"next: your own instruction, python adapt.py --checkpoint {checkpoint}; does it matter, "
-        f"python evaluate.py --probe --checkpoint {checkpoint}")
+        f"next: your own instruction, python {config.script('adapt.py')} --checkpoint "
+        f"{checkpoint}; does it matter, python {config.script('evaluate.py')} --probe "
+        f"--checkpoint {checkpoint}")
 
 
 def check_finite(values, where: str) -> None:

@@ -231,9 +231,10 @@ class Run:
         """Say where it is saved and what comes then: a script and its options."""
         self.log.close()
         self.watch.end()
+        name, _, rest = then.partition(" ")
         if self.rank == 0:
             print(f"{self.folder}: finished after {self.record()['seconds']:.0f} s and saved; next: "
-                  f"python {then}{t5.config_flag(self.options)}")
+                  f"python {config.script(name)} {rest}{t5.config_flag(self.options)}")
         self.stop.leave_if_asked(self.options.device)
         self.stop.at_once = self.world == 1
 

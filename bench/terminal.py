@@ -1,9 +1,13 @@
-"""Standard output that is closed, full, or of few signs."""
+"""What people see: help with each default; output that is closed, full, or of few signs."""
+import argparse
 import functools
 import os
 import sys
 
 from common import UserError
+
+# Signs of help texts, as a terminal that has ASCII alone gets them.
+PLAIN = str.maketrans({"λ": "lambda", "Δ": "Delta", "·": "*", "–": "-", "…": "...", "→": "->"})
 
 
 def has_unicode(stream) -> bool:
@@ -12,7 +16,7 @@ def has_unicode(stream) -> bool:
 
 
 def printing(main):
-    """Decorator of a script's main(): closed streams swallow what is printed, a full one is an error.
+    """Decorator of a script's main(): a closed stream swallows what is printed, a full one fails.
 
     A pipe that nobody reads any more stays a BrokenPipeError.
     """
@@ -43,3 +47,22 @@ def is_full() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Tells each option's default, unless its help does or there is none."""
+
+    def _get_help_string(self, action):                 # as argparse's own formatters do
+        text = (action.help or "").removesuffix(" (default: %(default)s)")      # of a flag
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or default == [] or "default:" in text:
+            return text
+        if isinstance(default, bool):
+            default = "yes" if default else "no"
+        return f"{text} (default: {default})".replace("%", "%%")
+
+
+def write_help(text: str, stream) -> None:
+    if not has_unicode(stream):
+        text = text.translate(PLAIN).encode("ascii", "replace").decode()
+    stream.write(text)

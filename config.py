@@ -164,7 +164,7 @@ def add_shared_options(parser: Parser) -> None:
         help="start over instead of resuming, or skipping what is done")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=path, default="data/sample",
+    add("--data", type=beside, default="data/sample",
         help="folder in Super-NaturalInstructions' layout, or with P3's data")
     add("--format", default="sni", choices=["sni", "p3"],
         help="what --data holds, and how texts are written")

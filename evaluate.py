@@ -354,6 +354,8 @@ def main(argv=None):
         return kept.rescore(options)
     config.refuse(argv, config.OF_A_CHECKPOINT, "an evaluation takes it from the checkpoint")
     if not config.given(argv, ["llm"]):
+        if t5.is_meta_itself(options):
+            options.meta_model = options.meta_model or options.model
         options.llm = None                      # the checkpoint's own
     rank, world = common.init_processes(options.device, options.timeout)
     with kept.stoppable(options, rank):

@@ -213,11 +213,13 @@ def base_path(options, digests=None) -> str:
 def meta_path(options, digests=None) -> str:
     if options.meta_model:
         return options.meta_model
-    # A checkpoint that is frozen as it is follows instructions itself: Flan-T5, say.
-    is_there = os.path.isfile(os.path.join(options.runs, "meta", "config.yaml"))
-    if options.llm == "base" and options.model != "tiny" and not is_there:
-        return options.model
-    return finished_stage("meta", options, digests)
+    return options.model if is_meta_itself(options) else finished_stage("meta", options, digests)
+
+
+def is_meta_itself(options) -> bool:
+    """Whether --model is frozen as it is, without a stage meta: Flan-T5 follows instructions."""
+    meta = os.path.join(options.runs, "meta", "config.yaml")
+    return options.llm == "base" and options.model != "tiny" and not os.path.isfile(meta)
 
 
 def finished_stage(stage: str, options, digests=None) -> str:

@@ -32,7 +32,8 @@ LETTERS = 4                                     # of a token, about, where no to
 
 def add_own_options(parser):
     add = parser.add_argument_group("check").add_argument
-    add("file", nargs="?", metavar="CONFIG", help="the same as --config CONFIG, and its default")
+    add("file", nargs="?", type=config.beside, metavar="CONFIG",
+        help="the same as --config CONFIG, and its default")
     add("--memory", default=False, **config.flag,
         help="the table of memory alone, of a size that the LLM's name or folder tells")
     add("--texts", type=config.at_least(0), default=5000,

@@ -25,9 +25,9 @@ import data
 import lora
 import t5
 from bench import curriculum, optim, sample, terminal
-from bench.folders import save_step, sweep, teacher_folder
+from bench.folders import remove_groups, save_step, sweep, teacher_folder
 from bench.runs import Log, Run
-from bench.teachers import (find_progress, load_rows, load_start, remove_groups, row_norms,
+from bench.teachers import (find_progress, load_rows, load_start, row_norms,
                             save_teacher, state_of, step_all_but)
 from common import UserError
 

@@ -113,6 +113,9 @@ def sweep(folder: str, keep: int) -> None:
     for path in glob.glob(f"{root}/*.tmp"):
         if os.path.basename(path).removesuffix(".tmp") in OURS:
             os.unlink(path)
+    for path in glob.glob(f"{root}/step-*"):
+        if not os.path.exists(f"{path}/config.yaml"):       # its removal was cut off
+            remove_ours(path)
     checkpoints = common.checkpoints_of(folder)
     if folder in checkpoints:                   # its files stand in the folder itself
         published = f"{folder}/step-{checkpoints[folder]:06d}"
@@ -121,9 +124,18 @@ def sweep(folder: str, keep: int) -> None:
     for path in list(checkpoints)[:-keep]:
         if path != folder:
             remove_ours(path)
-    link = f"{folder}/latest"
-    if os.path.islink(link) and not os.path.exists(link):
+    link, newest = f"{folder}/latest", common.checkpoint_of(folder)
+    if newest not in (None, folder):
+        point(link, newest)
+    elif os.path.islink(link):
         os.unlink(link)
+
+
+def remove_groups(folder: str) -> None:
+    """What was saved of LoRA teachers on the way, once each of them is a checkpoint of its own."""
+    for pattern in ("group-*", "unfinished-*"):
+        for path in glob.glob(f"{glob.escape(folder)}/{pattern}"):
+            remove_ours(path)
 
 
 # ------------------------------------------------------------------------------- what files are ours

@@ -12,7 +12,7 @@ import common
 import config
 import t5
 from bench import machine, recorded
-from bench.folders import (is_ours, publish, remove_ours, save_step, sweep,
+from bench.folders import (is_ours, publish, remove_groups, remove_ours, save_step, sweep,
                            teacher_folder)
 from bench.watch import Watch
 from common import UserError
@@ -97,6 +97,7 @@ class Run:
         if self.rank == 0:
             publish(self.folder)
             sweep(self.folder, options.keep)
+            remove_groups(self.folder)
         common.wait_for_all_ranks()
         if self.rank == 0:
             print(f"{self.folder}: finished at step {before['step']}, nothing to do "

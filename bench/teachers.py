@@ -183,13 +183,6 @@ def step_all_but(rows: torch.Tensor, parameters: dict, optimizer) -> None:
         value[rows] = old
 
 
-def remove_groups(folder: str) -> None:
-    """What was saved on the way, once every teacher is a checkpoint of its own."""
-    for pattern in ("group-*", "unfinished-*"):
-        for path in glob.glob(f"{glob.escape(folder)}/{pattern}"):
-            remove_ours(path)
-
-
 # -------------------------------------------------------------------------------------- to compare
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import textwrap
 import torch
 
 import common
-from bench import terminal
+from bench import folders, terminal
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULT_CONFIG = "configs/sample.yaml"
@@ -142,7 +142,7 @@ PATHS = ("config", "runs", "data", "model", "llm", "meta_model", "text", "init_f
 
 # Options that every script has, but that a checkpoint decides for whoever uses it.
 OF_A_CHECKPOINT = ("targets", "rank", "alpha", "unit", "attention", "demos", "vary-demos",
-                   "max-instances", "max-instruction")
+                   "max-instances", "hold-out", "max-instruction")
 
 
 # ------------------------------------------------------------------------------- options of all
@@ -176,6 +176,8 @@ def add_shared_options(parser: Parser) -> None:
         help="train on the N categories with most tasks (the paper: 6, 15, 30, 60); 0: on all")
     add("--allow-missing", default=False, **flag,
         help="go on without those tasks of a split whose files are absent")
+    add("--hold-out", type=at_least(0), default=0,
+        help="so many whole training tasks (P3: data sets) are left out, for --validate-every")
     add("--demos", default="0", choices=["0", "2", "mixed"],
         help="demonstrations beside the definition; mixed: none in half of the steps, else 2")
     add("--vary-demos", default=False, **flag,
@@ -239,6 +241,10 @@ def add_training_options(parser: Parser, stages: list[str], steps: int, text_len
         help="where loss or gradient are not finite: stop, or leave the step out and count it")
     add("--timeout", type=at_least(0.01, finite), default=30.0,
         help="minutes after which a rank that does nothing ends the run")
+    add("--validate-every", type=at_least(0), default=0,
+        help="steps between losses on the split validation, or on what --hold-out leaves out, in "
+             "meta, lora-all and finetune; the best checkpoint is kept; 0: none")
+    add("--tensorboard", default=False, **flag, help="write the log for TensorBoard too")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", default="adamw", choices=["adamw", "adafactor", "muon"],
@@ -351,9 +357,8 @@ def recorded(checkpoint: str, known: set) -> dict:
     for key, value in vars(common.load_options(newest)).items():
         if key.replace("_", "-") in known - {"fresh", "device", "seed"}:
             own[key] = value
-    if re.match(r"step-|best", os.path.basename(os.path.realpath(checkpoint))):
-        checkpoint = os.path.dirname(os.path.realpath(checkpoint))      # it lies in its stage's
     # Where it is now, moved or not; a link is to a folder that has its neighbours.
+    checkpoint = folders.stage_of(checkpoint)
     runs, real = os.path.normpath(f"{checkpoint}/.."), os.path.dirname(os.path.realpath(checkpoint))
     return own | {"runs": runs if os.path.realpath(runs) == real else real}
 

@@ -112,8 +112,9 @@ def load_p3(root: str, split: str = "test", max_instances: int | None = None,
     return [task(record) for record in p3.load(root, split, max_instances, p3_input, skip)]
 
 
-def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> list[Task]:
-    """The training split as the options have it; smaller --categories are subsets of larger."""
+def training_tasks(options, max_instances: int | None = None, skip: int = 0,
+                   held_out: bool = False) -> list[Task]:
+    """The training split, fewer --categories in more; held_out: what --hold-out takes out of it."""
     n = max_instances or options.max_instances
     if options.format == "p3":
         tasks = load_p3(options.data, "train", n, options.p3_input, skip)
@@ -125,6 +126,9 @@ def training_tasks(options, max_instances: int | None = None, skip: int = 0) -> 
         _warned.add("P3")
         warnings.warn(f"{len(leaks)} training tasks are named after data sets that P3 holds out "
                       f"({', '.join(leaks[:2])} …): scores of this model on P3 would be leaks")
+    tasks, left_out = records.hold_out(tasks, options)
+    if held_out:
+        return [task for task in left_out if task.instances]
     sizes = Counter(task.category for task in tasks)
     largest = sorted(sizes, key=lambda category: (-sizes[category], category))
     if options.categories > len(largest):
@@ -205,7 +209,9 @@ def tasks_digest(options) -> dict:
         complete = options.allow_missing or len(files) == len(listed)
     else:
         return {}
-    return {"data_digest": common.files_digest(files, root)} if files and complete else {}
+    left_out = getattr(options, "hold_out", 0)          # earlier code had none
+    less = f" less {left_out}" if left_out else ""
+    return {"data_digest": common.files_digest(files, root) + less} if files and complete else {}
 
 
 def text_digest(path: str) -> dict:

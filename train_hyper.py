@@ -14,6 +14,7 @@ Launch:
 Table 4's ablations are one option each: --no-pretrained, --fusion none, --lambda-ce 0,
 --lambda-kl 0, --lambda-ins 0, --generator none.
 """
+import argparse
 import os
 
 import common  # before PyTorch: Ctrl-C
@@ -27,7 +28,9 @@ import lora
 import t5
 from bench import optim, recorded, sample, terminal
 from bench.runs import Run
-from bench.teachers import load_kl_teacher, load_teachers, svd_factors
+from bench.teachers import (load_kl_teacher, load_teachers, start_from_pretrained,
+                            svd_factors)
+from bench.validation import Validation, check_stage
 from common import UserError
 from hypernet import TAGI
 
@@ -73,6 +76,7 @@ def get_options(argv=None):
     if stage is None:
         raise UserError("which stage? --stage pretrain or --stage finetune")
     options = config.parse(parser(), stage, argv)
+    check_stage(options, stage)
     if options.generator == "none" and options.fusion == "none":
         raise UserError("--generator none with --fusion none leaves nothing to train; drop one of "
                         "them")
@@ -125,7 +129,6 @@ def pretrain_batches(options, tagi, n_micro):
 
 def finetune_batches(options, tagi, n_micro, tasks):
     """(the function (step, micro) -> batch, the names of the tasks' teachers)."""
-    tokenizer, device, verbatim = tagi.tokenizer, options.device, options.format == "p3"
     teachers = sorted({data.teacher_of(task, options.unit) for task in tasks})
     p = data.chances(tasks, options.balance)
 
@@ -138,35 +141,42 @@ def finetune_batches(options, tagi, n_micro, tasks):
     deal = data.by_length(draws, options.bucket_steps, options.seed, n_micro)
 
     def get_batch(step, micro):
-        # An instruction that is drawn twice is there once, for all its instances.
-        rows = {}                               # (teacher, definition, demonstrations) -> number
-        index, inputs, outputs, prompts = [], [], [], []        # of N instances
-        drawn = deal(step, micro)
-        for draw in drawn:
-            teacher = teachers.index(data.teacher_of(draw.task, options.unit))
-            key = (teacher, draw.definition, tuple(draw.demonstrations))
-            row = rows.setdefault(key, len(rows))
-            demos = draw.demonstrations if options.teacher_demos else []
-            for prompt, (its_input, output) in zip(draw.prompts, draw.pairs):
-                index.append(row)
-                inputs.append(data.instance_text(its_input, verbatim))
-                outputs.append(output)
-                prompts.append((draw.definition, demos, prompt))
-        batch = {
-            "drawn": drawn,                     # for an error that names tasks
-            # what the hypernetwork reads, (K, S), and the student, (N, T), each with its mask
-            "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in rows],
-                                                    options.max_instruction, device, verbatim),
-            "input": data.tokenize(tokenizer, inputs, options.max_input, device),
-            **located(data.labels(tokenizer, outputs, options.max_output), device),     # (N, C)
-            # instance -> instruction, (N,); None where each one's instances are a block of N / K
-            "index": torch.tensor(index, device=device) if len(rows) < len(drawn) else None,
-            "teacher": torch.tensor([key[0] for key in rows], device=device)}           # (K,)
-        if options.lambda_kl:                   # what the teacher reads
-            batch["prompt"] = data.tokenize_instructed(tokenizer, prompts, options.max_input,
-                                                       device, verbatim)
-        return batch
+        return finetune_batch(options, tagi, deal(step, micro), teachers)
     return get_batch, teachers
+
+
+def finetune_batch(options, tagi, drawn, teachers=()):
+    """A micro-batch of these draws; teachers: the names that its numbers of teachers are among."""
+    tokenizer, device, verbatim = tagi.tokenizer, options.device, options.format == "p3"
+    # An instruction that is drawn twice is there once, for all its instances.
+    rows = {}                                   # (teacher, definition, demonstrations) -> number
+    index, inputs, outputs, prompts = [], [], [], []            # of N instances
+    for draw in drawn:
+        teacher = data.teacher_of(draw.task, options.unit)
+        key = (teacher, draw.definition, tuple(draw.demonstrations))
+        row = rows.setdefault(key, len(rows))
+        demos = draw.demonstrations if options.teacher_demos else []
+        for prompt, (its_input, output) in zip(draw.prompts, draw.pairs):
+            index.append(row)
+            inputs.append(data.instance_text(its_input, verbatim))
+            outputs.append(output)
+            prompts.append((draw.definition, demos, prompt))
+    batch = {
+        "drawn": drawn,                         # for an error that names tasks
+        # what the hypernetwork reads, (K, S), and the student, (N, T), each with its mask
+        "instruction": data.tokenize_instructed(tokenizer, [key[1:] for key in rows],
+                                                options.max_instruction, device, verbatim),
+        "input": data.tokenize(tokenizer, inputs, options.max_input, device),
+        **located(data.labels(tokenizer, outputs, options.max_output), device),         # (N, C)
+        # instance -> instruction, (N,); None where each one's instances are a block of N / K
+        "index": torch.tensor(index, device=device) if len(rows) < len(drawn) else None}
+    if teachers:
+        numbers = [teachers.index(key[0]) for key in rows]
+        batch["teacher"] = torch.tensor(numbers, device=device)                         # (K,)
+    if options.lambda_kl:                       # what the teacher reads
+        batch["prompt"] = data.tokenize_instructed(tokenizer, prompts, options.max_input, device,
+                                                   verbatim)
+    return batch
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -187,25 +197,6 @@ def make_student(options, run):
     if options.checkpointing:
         t5.checkpoint_blocks(llm, tagi.repetition)
     return tagi, path
-
-
-def start_from_pretrained(options, run, parameters):
-    """Fill the parameters that the pretrain stage has too; parts that are new here stay new."""
-    folder = os.path.join(options.runs, "pretrain")
-    if not common.is_finished(folder):
-        raise UserError(f"{folder} is not finished; first run python "
-                        f"{config.script('train_hyper.py')} --stage pretrain"
-                        f"{t5.config_flag(options)}, or add --no-pretrained")
-    old, new = vars(recorded.load_options(folder)), run.record()
-    keys = ["llm_fingerprint"]
-    if options.generator != "none":             # another alpha's weights would load, rescaled
-        keys += ["rank", "alpha", "targets", "generator", "width", "bottleneck"]
-    for key in keys:
-        if old.get(key, new[key]) != new[key]:
-            raise UserError(f"{folder} was trained with {key} {old[key]}, not {new[key]}; train it "
-                            "again with --fresh, or start without it: --no-pretrained")
-    common.check_digests(new, folder, old)
-    common.load_weights(parameters, folder, strict=False)
 
 
 def run_teacher(tagi, teacher_llm, teachers, options, batch):
@@ -343,6 +334,16 @@ def losses(tagi, batch, teachers, teacher_llm, options, n_tokens, n_tasks):
     return {"loss": loss, **terms}
 
 
+def validation_loss(tagi, options):
+    """The function draws -> (L_pred summed over their label tokens, how many there are)."""
+    plain = argparse.Namespace(**vars(options) | {"lambda_kl": 0.0, "lambda_ins": 0.0})
+
+    def loss_of(draws):
+        batch = finetune_batch(plain, tagi, draws)
+        return losses(tagi, batch, None, None, plain, 1, 1)["ce"], len(batch["positions"])
+    return loss_of
+
+
 # ------------------------------------------------------------------------------------------ loop
 
 def train(options, run):
@@ -367,6 +368,9 @@ def train(options, run):
                 teachers = svd_factors(teachers)
         if options.lambda_kl and options.kl_teacher != "lora":
             teacher_llm = load_kl_teacher(options, run, path, tagi)
+    if options.validate_every:
+        its_loss = validation_loss(tagi, options)
+        run.validation = Validation(run, tagi, its_loss, tasks, path, shuffle=True)
 
     # Where it starts: at 0, or where a run that was stopped left off.
     optimizer = optim.make_optimizer(parameters, options)
@@ -377,7 +381,7 @@ def train(options, run):
     if run.rank == 0 and tasks is not None:
         data.write_training_tasks(run.folder, tasks)
 
-    def save(folder, step, finished):
+    def save(folder, step, finished, optimizer=optimizer):
         common.save_checkpoint(folder, run.record(), parameters, optimizer, step, finished)
 
     for step in range(start, options.steps):
@@ -410,8 +414,7 @@ def train(options, run):
 
         # Log, save when due, leave after a Ctrl-C.
         run.after_step(step + 1, lr, totals, stopping, save, norm=norm, tokens=n_tokens)
-    run.end("train_hyper.py --stage finetune" if options.stage == "pretrain" else
-            f"evaluate.py --checkpoint {run.folder}")
+    run.end()
 
 
 @common.command

@@ -29,6 +29,7 @@ from bench.folders import remove_groups, save_step, sweep, teacher_folder
 from bench.runs import Log, Run
 from bench.teachers import (find_progress, load_rows, load_start, row_norms,
                             save_teacher, state_of, step_all_but)
+from bench.validation import check_stage, of_reader
 from common import UserError
 
 # Letters of the shapes in comments:
@@ -109,6 +110,7 @@ def train_together(run, llm, parameters, deal, make_batch, save, path=None, task
     # Where it starts: at 0, or where a run that was stopped left off.
     optimizer = optim.make_optimizer(parameters, options)
     start = run.resume(parameters, optimizer)
+    run.validation = of_reader(run, llm, make_batch, tasks, path)
     run.begin(path)
     if run.rank == 0 and tasks is not None:
         data.write_training_tasks(run.folder, tasks)
@@ -145,9 +147,9 @@ def train_together(run, llm, parameters, deal, make_batch, save, path=None, task
         optimizer.zero_grad(set_to_none=True)
 
         # Log, save when due, leave after a Ctrl-C.
-        run.after_step(step + 1, lr, {"loss": total}, stopping, lambda *at: save(optimizer, *at),
-                       norm=norm, tokens=n_tokens)
-    run.end(NEXT[options.stage])
+        run.after_step(step + 1, lr, {"loss": total}, stopping,
+                       lambda *at, optimizer=optimizer: save(optimizer, *at), norm, n_tokens)
+    run.end()
 
 
 def train_llm(run, llm, tokenizer, deal, make_batch, **kwargs):
@@ -180,7 +182,7 @@ def train_meta(options, run):
     def make_batch(draws, step, micro):
         return instructed_batch(draws, tokenizer, options)
 
-    train_llm(run, llm, tokenizer, deal, make_batch, tasks=tasks, restart=restart)
+    train_llm(run, llm, tokenizer, deal, make_batch, path=path, tasks=tasks, restart=restart)
 
 
 def train_lora_all(options, run):
@@ -205,7 +207,7 @@ def train_lora_all(options, run):
             save_teacher(run.folder, run.record(), "all", weights)
         common.save_checkpoint(folder, run.record(), parameters, optimizer, step, finished)
 
-    train_together(run, llm, parameters, deal, make_batch, save, path)
+    train_together(run, llm, parameters, deal, make_batch, save, path, tasks)
 
 
 # ------------------------------------------------------ lora: every rank trains teachers of its own
@@ -276,7 +278,7 @@ def train_lora(options, run):
     if run.rank == 0:
         common.save_checkpoint(run.folder, run.record(), {}, step=options.steps, finished=True)
         remove_groups(run.folder)
-    run.end(NEXT["lora"])
+    run.end()
 
 
 def train_group(run, llm, tokenizer, start, group, tasks_of, under_way, tagi=None):
@@ -414,16 +416,16 @@ def train_base(options, run):
 
 # ------------------------------------------------------------------------------------------ main
 
-# Stage -> the command that comes after it.
-NEXT = {"base": "train_teacher.py --stage meta", "meta": "train_teacher.py --stage lora",
-        "lora": "train_hyper.py --stage pretrain", "lora-all": "train_hyper.py --stage pretrain"}
 STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora, "lora-all": train_lora_all}
 
 
 @common.command
 @terminal.printing
 def main(argv=None):
-    for stage in stages_of(argv):
+    stages = stages_of(argv)
+    for stage in stages:                        # before the first of them is trained
+        check_stage(config.parse(parser(), stage.replace("-", "_"), argv), stage)
+    for stage in stages:
         options = config.parse(parser(), stage.replace("-", "_"), argv)
         options.stage = stage
         if stage == "lora-all":
@@ -438,8 +440,7 @@ def main(argv=None):
         digests = data.text_digest(options.text) if stage == "base" else data.tasks_digest(options)
         folder = config.folder_of(options, stage)
         # LoRA teachers are shared out among ranks; what else there is they train together.
-        run = Run(folder, options, rank, world, digests,
-                         ranks_share_a_batch=stage != "lora")
+        run = Run(folder, options, rank, world, digests, ranks_share_a_batch=stage != "lora")
         if not run.finished:
             if rank == 0:
                 config.tell(options, parser(), stage)

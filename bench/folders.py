@@ -90,6 +90,13 @@ def save_step(folder: str, step: int, finished: bool, write) -> None:
     common.flush(folder)
 
 
+def stage_of(checkpoint: str) -> str:
+    """The stage's folder where this is step-… or best-… in it, or a link to one; else itself."""
+    real = os.path.realpath(checkpoint)
+    is_within = re.fullmatch(r"(step|best)-\d+", os.path.basename(real))
+    return os.path.dirname(real) if is_within else checkpoint
+
+
 def publish(folder: str) -> None:
     """Put the files of the newest checkpoint, the last one, into the stage's folder itself."""
     newest, config = common.checkpoint_of(folder), f"{folder}/config.yaml"

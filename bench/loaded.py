@@ -127,7 +127,8 @@ class Loaded:
     def training_data(self, record: dict) -> dict:
         """The digest of the training tasks that are there now, made as that in the record was."""
         made = {"data": self.options.data, "format": self.options.format,
-                "allow_missing": record.get("allow_missing", False)}
+                "allow_missing": record.get("allow_missing", False),
+                "hold_out": record.get("hold_out", 0)}
         return made | data.tasks_digest(argparse.Namespace(**made))
 
     def check_training_tasks(self) -> None:

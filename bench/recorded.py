@@ -8,6 +8,7 @@ import config
 FOUND = {"step": int, "finished": bool, "processes": int, "llm_path": str, "llm_is_relative": bool,
          "llm_fingerprint": str, "data_digest": str, "text_digest": str, "tokenizer_digest": str,
          "hypernetwork_digest": str, "adapter_digest": str, "shared_digest": str, "unit_name": str,
+         "validation": float, "validation_shuffled": float, "validation_digest": str,
          "adapter": bool, "teachers": list, "lost": list, "scale": float, "adapted_to": list, "versions": dict}
 # What a TAGI cannot be made without.
 OF_A_STUDENT = ("llm_path", "llm_is_relative", "llm_fingerprint", "seed", "format", "attention",

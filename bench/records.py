@@ -10,6 +10,7 @@ import re
 import reprlib
 import warnings
 
+import common
 from common import UserError, check_text, is_texts, named_file
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")         # how JSON writes half of a UTF-16 pair
@@ -203,3 +204,21 @@ def _starts_as_json(text: str) -> bool:
 
 def is_document(line: str) -> bool:
     return len(line.split(maxsplit=2)) == 3 or len(UNSPACED.findall(line)) >= 9
+
+
+def hold_out(tasks: list, options) -> tuple[list, list]:
+    """(those to train on, those that --hold-out K leaves out: K tasks, P3's whole data sets).
+
+    They are the same whatever the seed, and those of a smaller K are among those of a larger.
+    """
+    def unit(task):
+        return task.category if options.format == "p3" else task.name
+
+    n = getattr(options, "hold_out", 0)         # earlier code had none
+    names = sorted({unit(task) for task in tasks}, key=lambda x: common.digest(f"held out: {x}"))
+    if n and n >= len(names):
+        raise UserError(f"--hold-out {n} leaves nothing to train on: {options.data} has "
+                        f"{len(names)} training tasks; hold out fewer")
+    out = set(names[:n])
+    return ([task for task in tasks if unit(task) not in out],
+            [task for task in tasks if unit(task) in out])

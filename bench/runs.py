@@ -11,7 +11,7 @@ import torch
 import common
 import config
 import t5
-from bench import machine, recorded
+from bench import board, machine, recorded
 from bench.folders import (is_ours, publish, remove_groups, remove_ours, save_step, sweep,
                            teacher_folder)
 from bench.watch import Watch
@@ -19,7 +19,14 @@ from common import UserError
 
 # What may differ between the runs that make up a stage: it does not change the result.
 IGNORED = ("config", "fresh", "device", "save_every", "stage", "runs", "teachers_at_once", "keep",
-           "timeout", "on_nan")
+           "timeout", "on_nan", "validate_every", "tensorboard")
+
+
+# Stage -> the command that comes after it.
+NEXT = {"base": "train_teacher.py --stage meta", "meta": "train_teacher.py --stage lora",
+        "lora": "train_hyper.py --stage pretrain", "lora-all": "train_hyper.py --stage pretrain",
+        "pretrain": "train_hyper.py --stage finetune",
+        "finetune": "evaluate.py --checkpoint {folder}"}
 
 
 class Run:
@@ -38,7 +45,9 @@ class Run:
         self.folder, self.options, self.rank, self.world = folder, options, rank, world
         self.found = {"processes": world} | digests     # beside options; both go to config.yaml
         self.start, self.skipped, self.begun = 0, 0, time.time()
-        self.lock = None
+        self.lock = self.validation = None              # a script may set one, bench/validation.py
+        if options.tensorboard:
+            board.summary_writer()                      # refuses before anything is read
         if not is_ours(folder):
             raise UserError(f"{folder} holds files that are not of this program's runs, and none of "
                             "them is to be replaced; choose another --name or --runs")
@@ -156,6 +165,8 @@ class Run:
         self.stop = common.stop
         self.stop.leave_if_asked(self.options.device)
         self.watch = Watch(self.folder, self.rank, self.world, self.options.timeout)
+        if self.validation is not None:
+            self.validation.begin()
         if log:
             self.log = Log(self.folder, self.options, self.start, self.rank)
 
@@ -207,6 +218,10 @@ class Run:
         self.log(step, lr, terms, tokens, more)
         finished = step == self.options.steps
         stopping = stopping or (self.world == 1 and self.stop.asked)
+        # A validation comes before the checkpoint, after which nobody would make up for it; only
+        # those who stop a run have their checkpoint first.
+        if not stopping:
+            self._validate(step, save)
         if finished or stopping or step % self.options.save_every == 0:
             if self.rank == 0:
                 print(f"\nsaving step {step}" if stopping else "", end="", flush=True)
@@ -214,8 +229,14 @@ class Run:
                 if finished:
                     publish(self.folder)
                 sweep(self.folder, self.options.keep)
+        if stopping:
+            self._validate(step, save)
         if stopping and not finished:
             self.leave(step)
+
+    def _validate(self, step, save):
+        if self.validation is not None:
+            self.validation.after_step(step, lambda new: save(new, step, False, optimizer=None))
 
     def leave(self, step: int, asked: bool = True) -> None:
         """End after a stop, if a rank was asked to, with what was saved and how to go on."""
@@ -228,14 +249,17 @@ class Run:
                   f"to go on (run.yaml there has it)", flush=True)
         sys.exit(130)
 
-    def end(self, then: str) -> None:
-        """Say where it is saved and what comes then: a script and its options."""
+    def end(self) -> None:
+        """Say where it is saved and what comes then."""
         self.log.close()
         self.watch.end()
+        then = NEXT[self.options.stage].format(folder=self.folder)
         name, _, rest = then.partition(" ")
         if self.rank == 0:
             print(f"{self.folder}: finished after {self.record()['seconds']:.0f} s and saved; next: "
                   f"python {config.script(name)} {rest}{t5.config_flag(self.options)}")
+            if self.validation is not None:
+                print(self.validation.tell())
         self.stop.leave_if_asked(self.options.device)
         self.stop.at_once = self.world == 1
 
@@ -259,7 +283,10 @@ class Log:
         self.summed, self.device = summed, options.device
         self.bar = tqdm(total=options.steps, initial=start, desc=os.path.basename(folder),
                         disable=rank > 0, mininterval=2, dynamic_ncols=True, file=sys.stdout)
-        self.file = None
+        self.told = {}                                  # by the bar, beside each step's terms
+        self.file = self.board = None
+        if options.tensorboard and (rank == 0 or not summed):
+            self.board = board.Board(folder)
         if rank == 0 or not summed:
             path = f"{folder}/log-{rank}.jsonl" if rank else f"{folder}/log.jsonl"
             forget_steps_after(start if summed else math.inf, path)
@@ -278,7 +305,7 @@ class Log:
         if self.file is None:
             return
         values = {name: rounded(v) for name, v in zip(terms, values)}
-        self.bar.set_postfix(values)
+        self.bar.set_postfix(self.told | values)
         now = time.time()
         speed = self.tokens / max(now - self.since, 1e-9)
         self.tokens, self.since = 0, now
@@ -291,11 +318,22 @@ class Log:
         """Write a line of its own."""
         if self.file is not None:
             self.file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            self.board.add(line)
+
+    def validated(self, step: int, losses: dict, seconds: float) -> None:
+        """Write what a validation found, whose seconds are none of training, and go on telling it."""
+        self.since += seconds
+        self.told = {name: rounded(v) for name, v in losses.items()}
+        self.bar.set_postfix(self.told)
+        self.note({"step": step} | self.told)
 
     def close(self):
         self.bar.close()
         if self.file is not None:
             self.file.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def rounded(value):

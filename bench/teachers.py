@@ -73,6 +73,25 @@ def load_start(options, run, path, tasks_of):
     return tagi
 
 
+def start_from_pretrained(options, run, parameters):
+    """Fill the parameters that the pretrain stage has too; parts that are new here stay new."""
+    folder = os.path.join(options.runs, "pretrain")
+    if not common.is_finished(folder):
+        raise UserError(f"{folder} is not finished; first run python "
+                        f"{config.script('train_hyper.py')} --stage pretrain"
+                        f"{t5.config_flag(options)}, or add --no-pretrained")
+    old, new = vars(recorded.load_options(folder)), run.record()
+    keys = ["llm_fingerprint"]
+    if options.generator != "none":             # another alpha's weights would load, rescaled
+        keys += ["rank", "alpha", "targets", "generator", "width", "bottleneck"]
+    for key in keys:
+        if old.get(key, new[key]) != new[key]:
+            raise UserError(f"{folder} was trained with {key} {old[key]}, not {new[key]}; train it "
+                            "again with --fresh, or start without it: --no-pretrained")
+    common.check_digests(new, folder, old)
+    common.load_weights(parameters, folder, strict=False)
+
+
 def load_kl_teacher(options, run, llm_path, tagi):
     """Another checkpoint as KL teacher; None where it is the frozen LLM, which needs no copy."""
     is_meta = options.kl_teacher == "meta"

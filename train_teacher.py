@@ -264,17 +264,16 @@ def train_lora(options, run):
     run.log.bar.reset(total=sum(options.steps - step for step, _ in work))
     lost = []
     for n, (start, group) in enumerate(work, 1):
-        run.log.bar.set_description(f"lora {n} of {len(work)}: {group[0]}{', ..' * (len(group) > 1)}")
+        run.log.bar.set_description(f"lora {n} of {len(work)}: {', '.join(group)[:40]}")
         lost += train_group(run, llm, tokenizer, start, group, tasks_of, under_way, tagi)
 
-    # Ranks may have come to their end hours apart.
-    run.watch.wait_for_all()
+    run.watch.wait_for_all()                            # ranks may come here hours apart
     run.leave(options.steps, run.stop.asked)
     lost = sorted(set().union(*common.gather_over_ranks(lost)))
     if lost:
-        raise UserError(f"loss or gradient of {', '.join(lost[:4])}{', ..' * (len(lost) > 4)} were not "
-                        f"finite ({len(lost)} of {len(teachers)} teachers); the others are finished; "
-                        "go on with --on-nan skip, or start over with --fresh and a lower --lr")
+        raise UserError(f"{len(lost)} of {len(teachers)} teachers met numbers that are not finite: "
+                        f"{', '.join(lost)[:100]}; the others are finished; go on with --on-nan skip, "
+                        "or start over with --fresh and a lower --lr")
     if run.rank == 0:
         common.save_checkpoint(run.folder, run.record(), {}, step=options.steps, finished=True)
         remove_groups(run.folder)
@@ -362,8 +361,8 @@ def train_group(run, llm, tokenizer, start, group, tasks_of, under_way, tagi=Non
 
         # Log, save when due, leave after a Ctrl-C.
         fine = ~(bad | lost)
-        more = {"group": f"{group[0]} and {U - 1} more" if U > 1 else group[0],
-                "grad_norm": norms[fine].mean()} | ({"skipped": skipped} if skipped else {})
+        more = {"group": ", ".join(group), "grad_norm": norms[fine].mean()}
+        more |= {"skipped": skipped} if skipped else {}
         run.log(step + 1, lr, {"loss": total[fine].mean()}, n_tokens.sum().item(), more)
         last = step + 1 == options.steps
         if last or run.stop.asked or (step + 1) % options.save_every == 0:

@@ -12,6 +12,7 @@ import numpy as np
 
 import common
 from bench import kept, machine, predictions, similarity
+from bench.records import read_json
 from bench.report import (
     ROWS, TITLES, bootstrap_interval, check_finite, line, say, score, write_file)
 from common import UserError
@@ -139,8 +140,7 @@ def paraphrases(loaded) -> dict:
 def read_paraphrases(path: str, names: set[str]) -> dict:
     """The file's {task name: text}. Raises UserError for anything else and for unknown tasks."""
     remedy = "--paraphrases names a JSON file of {task name: its instruction worded otherwise}"
-    with common.named_file(path, remedy), open(path, encoding="utf-8") as f:
-        texts = json.load(f)
+    texts = read_json(path, remedy)
     if not isinstance(texts, dict) or not texts:
         raise UserError(f"{path}: no JSON object with a task in it; {remedy}")
     for name, text in texts.items():

@@ -6,6 +6,7 @@ The sandbox keeps a template from Python's insides, and not from loops in loops,
 import functools
 import itertools
 import math
+import warnings
 from collections import Counter
 
 from jinja2 import StrictUndefined, nodes, pass_context
@@ -175,7 +176,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             if not isinstance(node, NODES) or getattr(node, "recursive", False):
                 name = type(node).__name__.lower()
                 raise TooMuch(f"'{name}' on its line {node.lineno} is nothing that a prompt needs")
-        return self.from_string(_Counting().visit(tree))
+        with warnings.catch_warnings():                 # of Python's, on what "{{ 5[1] }}" becomes
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return self.from_string(_Counting().visit(tree))
 
     def render(self, template, fields: dict) -> str:
         """The text of a template that is compiled; ValueError where that is too much work."""

@@ -160,8 +160,9 @@ def answer_all(tagi, adapter, options) -> None:
 def answer_file(tagi, options) -> None:
     """The tasks of --instructions, each with its adapter, in mixed batches."""
     remedy = "--instructions reads JSON lines with instruction, input, demonstrations"
+    numbered = records.numbered_rows(options.instructions, remedy, instruction=str, input=str)
     rows = []
-    for where, row in records.numbered_rows(options.instructions, remedy, instruction=str, input=str):
+    for where, row in numbered:
         pairs = row.setdefault("demonstrations", [])
         fine = isinstance(pairs, list) and all(common.is_texts(p) and len(p) == 2 for p in pairs)
         if not (fine and row["instruction"].strip() and row["input"].strip()):

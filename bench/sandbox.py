@@ -21,8 +21,8 @@ LONGEST = 50_000        # characters of a template; promptsource's have less tha
 LARGEST = 10 ** 8       # characters that one operation could make at most
 NODES = tuple(getattr(nodes, name) for name in (
     "Template Output TemplateData Const Name NSRef If For Assign AssignBlock List Tuple Dict Pair "
-    "With Keyword CondExpr Filter Test Call Getitem Getattr Slice Concat Compare Operand Not Neg Pos "
-    "And Or Add Sub Mul Div FloorDiv Mod Pow").split())
+    "With Keyword CondExpr Filter Test Call Getitem Getattr Slice Concat Compare Operand Not Neg "
+    "Pos And Or Add Sub Mul Div FloorDiv Mod Pow").split())
 FILTERS = (
     "abs attr capitalize count d default dictsort first float groupby int items join last length "
     "list lower map max min reject rejectattr replace reverse select selectattr sort string title "

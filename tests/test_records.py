@@ -1,4 +1,6 @@
 """Files that a user brings: keys and ids that are there twice, half an emoji, encodings, endings, and random damage."""
+import argparse
+import io
 import json
 import random
 import warnings
@@ -9,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import adapt
 import common
 import data
-from bench import predictions, records
+from bench import predictions, probe, records
 from common import UserError
 
 HALF = "half \ud83d an emoji"
@@ -221,3 +224,26 @@ def test_the_damage_is_seen_by_what_looks_at_it(monkeypatch):
     with pytest.raises(UnicodeEncodeError):
         for case in range(150):
             mutations_data.run("SNI task", random.Random(f"0 SNI task {case}"))
+
+
+# -------------------------------------------------------------------------------------------------- adapt.py, --probe
+
+def test_a_wrong_line_of_instructions_is_told_by_its_number(tmp_path):
+    good = {"instruction": "Find it.", "input": "A cat."}
+    for bad, said in (({"instruction": " ", "input": "x"}, "needs an instruction"), (good | {"demonstrations": [["x"]]}, "demonstrations"),
+                      (good | {"input": HALF}, "input: sign 6"), ('{"input": "a", "input": "b"}', "the key input is there twice")):
+        path = lines(tmp_path / "i.jsonl", good, "", bad)
+        told = refused(adapt.answer_file, None, argparse.Namespace(instructions=path))
+        assert "i.jsonl, line 3" in told and said in told
+
+
+def test_a_typed_line_that_is_no_utf_8_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert "this instruction is no text in UTF-8" in refused(adapt.prompt, "instruction")
+
+
+def test_paraphrases_with_a_task_twice_or_half_an_emoji_are_refused(tmp_path):
+    path = tmp_path / "p.json"
+    for text, said in (('{"a": "x",\n"a": "y"}', "line 2: the key a"), (json.dumps({"a": HALF}), "a: sign 6")):
+        path.write_text(text)
+        assert said in refused(probe.read_paraphrases, str(path), {"a"})

@@ -78,8 +78,10 @@ def check_state(optimizer) -> None:
         for name, value in state.items():
             if not torch.is_tensor(value) or not value.is_floating_point():
                 raise ValueError(f"its {name} holds no numbers")
-            shape = () if name == "step" else p.shape
-            if torch.broadcast_shapes(value.shape, shape) != shape:
+            # PyTorch's kernels read as many numbers as the parameter has, there or not.
+            shapes = {"step": (), "row_var": (*p.shape[:-1], 1),
+                      "col_var": (*p.shape[:-2], 1, *p.shape[-1:])}
+            if value.shape != shapes.get(name, p.shape) or not value.is_contiguous():
                 raise ValueError(f"a parameter {tuple(p.shape)} has {name} {tuple(value.shape)}")
             smallest = 0 if name in SQUARES else -math.inf
             if not (value.isfinite() & (value >= smallest)).all():

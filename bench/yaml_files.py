@@ -30,12 +30,9 @@ class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):     # the C one is 
     def check(self, node, known: dict) -> int:
         """How many values it stands for, those behind a `*name` each time that it is named.
 
-        known: of nodes seen before. Raises ValueError for a key that is there twice, and for half
-        an emoji, which no file can hold.
+        known: of nodes seen before. Raises ValueError for a key that is there twice.
         """
         if not isinstance(node, yaml.CollectionNode):
-            if any("\ud800" <= c <= "\udfff" for c in node.value):
-                raise ValueError(f"line {node.start_mark.line + 1}: half a character, no text")
             return 1
         if id(node) not in known:
             known[id(node)] = LARGEST                   # a name within what it names has no end

@@ -33,7 +33,7 @@ def one_line(text: str, most: int = 300, encoding: str | None = None) -> str:
     encoding = encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     if len(text) > most:
-        text = text[:most // 2] + " ... " + text[5 + most // 2 - most:]     # what to do is at the end
+        text = text[:most // 2] + " ... " + text[5 + most // 2 - most:]     # the end: what to do
     return text
 
 
@@ -327,7 +327,8 @@ def check_finite(tensors: dict, problem: str) -> None:
     for name, p in tensors.items():
         if not p.is_floating_point() or not (p.detach().float().abs() <= LARGEST_WEIGHT).all():
             raise UserError(f"{problem}: its {name} holds numbers that are not finite, or beyond "
-                            f"{LARGEST_WEIGHT:.0e}; go on from an earlier checkpoint, or train it again")
+                            f"{LARGEST_WEIGHT:.0e}; go on from an earlier checkpoint, or train "
+                            "it again")
 
 
 def flush(path: str) -> None:

@@ -134,8 +134,8 @@ def check_knows(tokenizer, texts: list[str], what: str) -> None:
             n = sum(len(piece.strip("\u2581")) for piece in tokenizer.convert_ids_to_tokens(its))
         known += n
     if known < total / 2:
-        raise UserError(f"{what}: the tokenizer knows {known / total:.0%} of the characters there; use "
-                        "a model that was made for this language, with its own tokenizer")
+        raise UserError(f"{what}: the tokenizer knows {known / total:.0%} of the characters there; "
+                        "use a model that was made for this language, with its own tokenizer")
 
 
 def check_family(path: str, written: dict, attention: str) -> None:

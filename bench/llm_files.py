@@ -36,7 +36,8 @@ def check_config(path: str, config) -> None:
                         f"its {config.relative_attention_num_buckets} buckets")
     if not config.is_encoder_decoder:
         raise UserError(f"{path}: config.json says is_encoder_decoder: false; a T5 is both")
-    files = glob.glob(f"{glob.escape(path)}/*.safetensors") + glob.glob(f"{glob.escape(path)}/*.bin")
+    folder = glob.escape(path)
+    files = glob.glob(f"{folder}/*.safetensors") + glob.glob(f"{folder}/*.bin")
     size = sum(map(os.path.getsize, files))
     if files and least_weights(config) > size:          # a byte is the least that a weight takes
         raise UserError(f"{path}: config.json tells of at least {least_weights(config)} weights, "
@@ -57,7 +58,7 @@ def least_weights(config) -> int:
 
 
 def check_types(file: str) -> None:
-    """Raises UserError where a weight is no floating-point number: Transformers would convert it."""
+    """Raises UserError where a weight is no floating-point number; Transformers converts it."""
     with safe_open(file, "pt") as f:
         for name in f.keys():
             kind = f.get_slice(name).get_dtype()

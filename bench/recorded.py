@@ -1,4 +1,4 @@
-"""A checkpoint's config.yaml: options of a run and what it found out, each value of its own type."""
+"""A checkpoint's config.yaml: options of a run and what it found out, each of its own type."""
 import argparse
 
 import common
@@ -9,7 +9,8 @@ FOUND = {"step": int, "finished": bool, "processes": int, "llm_path": str, "llm_
          "llm_fingerprint": str, "data_digest": str, "text_digest": str, "tokenizer_digest": str,
          "hypernetwork_digest": str, "adapter_digest": str, "shared_digest": str, "unit_name": str,
          "validation": float, "validation_shuffled": float, "validation_digest": str,
-         "adapter": bool, "teachers": list, "lost": list, "scale": float, "adapted_to": list, "versions": dict}
+         "adapter": bool, "teachers": list, "lost": list, "scale": float, "adapted_to": list,
+         "versions": dict}
 # What a TAGI cannot be made without.
 OF_A_STUDENT = ("llm_path", "llm_is_relative", "llm_fingerprint", "seed", "format", "attention",
                 "targets", "rank", "alpha", "generator", "width", "bottleneck", "fusion",
@@ -78,8 +79,8 @@ def _options() -> dict:
     # name of an option, as a file has it -> argparse's description of it
     parser = config.Parser("")
     config.add_shared_options(parser)
-    config.add_training_options(parser, ["base", "meta", "lora", "lora-all", "pretrain", "finetune"],
-                                1, 3)
+    stages = ["base", "meta", "lora", "lora-all", "pretrain", "finetune"]
+    config.add_training_options(parser, stages, steps=1, text_length=3)
     add_student_options(parser)
     return {action.dest: action for action in parser._actions}
 

@@ -702,7 +702,9 @@ def test_an_error_is_one_printable_line_of_300_characters_on_every_terminal(monk
     ("a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [{'*a%d,' % (n - 1) * 9}]" for n in range(1, 9)), "stands for over"),
     ("a0: &a0 {x: 1}\n" + "\n".join(f"a{n}: &a{n} {{<<: [{'*a%d,' % (n - 1) * 9}]}}" for n in range(1, 9)), "stands for over"),
     ("max_input: 5\nmax-input: 6", "'max-input' is 'max_input' once more"), ("finetune: {1: 2}", "unknown key '1'"),
-    ('runs: "\\ud83d"', "invalid Unicode"), ("{[a]: 3}", "unhashable"), ("a: 2001-99-01", "month"), ("a: " + "9" * 5000, "4300 digits"), ("!!python/object:os.system {}", "constructor"),
+    ('runs: "\\ud83d"', "invalid Unicode"),
+    ("{[a]: 3}", "unhashable"), ("a: 2001-99-01", "month"), ("a: " + "9" * 5000, "4300 digits"),
+    ("!!python/object:os.system {}", "constructor"),
     ("a: 1\n---\nb: 2", "single document"), ("a: \0", "#x0000"), ("[]", "key: value"), ("0", "key: value")])
 def test_yaml_with_a_key_twice_too_deep_or_without_end_is_refused_with_its_line(tmp_path, text, said):
     path = tmp_path / "a.yaml"

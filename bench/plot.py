@@ -19,6 +19,7 @@ import tempfile
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import common
 import config
+from bench import terminal
 from common import UserError, named_file
 
 # What a line of a log holds beside losses: drawn only where --terms names it.
@@ -32,8 +33,8 @@ WRITER = "TAGI bench.plot"                      # in a picture: it may be replac
 
 def parser():
     p = config.Parser(__doc__)
-    p.add_argument("run", nargs="+", help="folders of stages, or of runs that hold some")
-    p.add_argument("--out", default="curves.svg", help="the picture, .svg or .png")
+    p.add_argument("run", nargs="+", type=config.beside, help="folders of stages, or of runs that hold some")
+    p.add_argument("--out", type=config.path, default="curves.svg", help="the picture, .svg or .png")
     p.add_argument("--terms", help="what to draw, as the logs name it, with commas between; "
                                    "default: all losses")
     return p
@@ -265,6 +266,7 @@ def write(path: str, picture: bytes) -> None:
 
 
 @common.command
+@terminal.printing
 def main(argv=None):
     args = parser().parse_args(argv)
     kind = os.path.splitext(args.out)[1].lower().removeprefix(".")

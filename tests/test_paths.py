@@ -22,14 +22,14 @@ import evaluate
 import t5
 import train_hyper
 import train_teacher
-from bench import check, listed, sample
+from bench import check, listed, plot, sample
 from common import UserError
 from hypernet import TAGI
 from lora import Adapter
 
 SHIPPED = ROOT / "assets" / "tagi-lora"
 SCRIPTS = {"adapt": adapt, "evaluate": evaluate, "train_hyper": train_hyper, "train_teacher": train_teacher,
-           "bench.sample": sample, "bench.check": check}
+           "bench.sample": sample, "bench.check": check, "bench.plot": plot}
 ASK = ["--instruction", "Find the city.", "--input", "A cat came to Rome by boat."]
 
 
@@ -53,7 +53,7 @@ def ends(module, *argv) -> str:
 
 def process(*words, cwd, stdout=subprocess.PIPE, **env):
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment() | env, stdout=stdout,
-                          stderr=subprocess.PIPE, text=True, timeout=120)
+                          stderr=subprocess.PIPE, text=True, timeout=300)
 
 
 # --------------------------------------------------------------------------------------------- another current folder
@@ -110,18 +110,18 @@ def test_a_tilde_is_the_home_folder_in_options_and_in_config_files(tmp_path, mon
 
 def test_every_option_that_is_a_path_takes_a_tilde_and_refuses_no_name_at_all():
     """Those of every script: by the words of their help, so that a new one is not forgotten."""
-    for module in (adapt, evaluate, train_hyper, train_teacher):
+    for module in (adapt, evaluate, train_hyper, train_teacher, plot):
         for action in module.parser()._actions:
             said = action.help or ""
-            if said.startswith(("folder", "new folder", "file", "YAML", "plain text", "checkpoint", "T5-family")) \
+            if said.startswith(("folder", "new folder", "file", "YAML", "plain text", "checkpoint", "T5-family", "the picture")) \
                     and action.dest != "name":
                 assert action.type in (config.path, config.beside), (module.__name__, action.dest)
-                assert action.dest in config.PATHS or module is adapt, action.dest
+                assert action.dest in config.PATHS or module in (adapt, plot), action.dest
 
 
 @pytest.mark.parametrize("module, argv, said", [
     (evaluate, ["--out", ""], "--out"), (evaluate, ["--out= "], "--out"), (train_hyper, ["--stage=pretrain", "--runs="], "--runs"),
-    (train_teacher, ["--data", ""], "--data"), (adapt, [*ASK, "--save", ""], "--save"), (sample, ["--out", ""], "--out"),
+    (train_teacher, ["--data", ""], "--data"), (adapt, [*ASK, "--save", ""], "--save"), (sample, ["--out", ""], "--out"), (plot, ["x", "--out", ""], "--out"),
     (sample, ["--out", "~no-such-user/x"], "home"), (train_teacher, ["--config", "~no-such-user/x"], "home"),
     (adapt, ["--instruction", "say \udcff"], "Unicode"), (train_hyper, ["--runs", "a\ud800"], "Unicode")])
 def test_an_empty_path_a_home_of_nobody_and_half_a_character_are_one_line(module, argv, said):
@@ -380,7 +380,7 @@ def test_every_line_of_help_tells_the_default(name, monkeypatch):
         return
     parser = (getattr(SCRIPTS[name], "own_parser", None) or SCRIPTS[name].parser)()
     for action in parser._actions:
-        if action.dest == "help":
+        if action.dest == "help" or action.required:
             continue
         said = parser._get_formatter()._expand_help(action)
         assert "default" in said, action.dest

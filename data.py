@@ -27,6 +27,7 @@ import torch
 
 import common
 from bench import p3, records
+from bench.folders import writing
 from common import UserError, is_texts
 
 IGNORE = -100           # label of positions that do not count, as in PyTorch's cross-entropy
@@ -228,7 +229,8 @@ def names_and_definitions(tasks: list[Task]) -> dict:
 def write_training_tasks(folder: str, tasks: list[Task]) -> None:
     """Beside a checkpoint, what it was trained on, so that none of it is evaluated on."""
     text = json.dumps(names_and_definitions(tasks), indent=0)
-    common.write_text(f"{folder}/training_tasks.json", text)
+    with writing(folder):
+        common.write_text(f"{folder}/training_tasks.json", text)
 
 
 def texts_of(tasks: list[Task]) -> list[str]:

@@ -27,7 +27,7 @@ import t5
 from bench import curriculum, optim, sample, terminal
 from bench.folders import remove_groups, save_step, sweep, teacher_folder
 from bench.runs import Log, Run
-from bench.teachers import (find_progress, load_rows, load_start, row_norms,
+from bench.teachers import (find_progress, load_rows, load_start, row_norms, save_record,
                             save_teacher, state_of, step_all_but)
 from bench.validation import check_stage, of_reader
 from common import UserError
@@ -247,7 +247,7 @@ def train_lora(options, run):
     # From here on --fresh has removed what was there. A rerun sees what these teachers are.
     run.begin(path, log=False)
     if run.rank == 0 and run.before is None:
-        common.save_checkpoint(run.folder, run.record(), {})
+        save_record(run)
     under_way = find_progress(run.folder, teachers)     # teacher -> (its step, checkpoint, row)
     common.wait_for_all_ranks()                         # nobody still looks for what is replaced
 
@@ -275,7 +275,7 @@ def train_lora(options, run):
                         f"{', '.join(lost)[:100]}; the others are finished; go on with --on-nan skip, "
                         "or start over with --fresh and a lower --lr")
     if run.rank == 0:
-        common.save_checkpoint(run.folder, run.record(), {}, step=options.steps, finished=True)
+        save_record(run, options.steps, finished=True)
         remove_groups(run.folder)
     run.end()
 

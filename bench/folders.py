@@ -1,5 +1,6 @@
 """Checkpoints in a run's folder, and which files there are ours: no others are removed."""
 import contextlib
+import functools
 import glob
 import os
 import re
@@ -10,6 +11,39 @@ from safetensors import SafetensorError
 
 import common
 from common import UserError
+
+# ----------------------------------------------------------------------------- what the disk refuses
+
+@contextlib.contextmanager
+def writing(folder: str):
+    """Within: what the disk refuses of this folder's files becomes a UserError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disks(error):
+            raise
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder
+        raise UserError(f"{path} cannot be written: {reason_of(error)}; make room, or move away what "
+                        "is there; what was saved is as it was: run the same command again") from None
+
+
+def in_one_line(function):
+    """Decorator of what writes in a folder, its first argument: as within `writing`."""
+    @functools.wraps(function)
+    def run(folder, *args, **kwargs):
+        with writing(folder):
+            return function(folder, *args, **kwargs)
+    return run
+
+
+def is_disks(error: Exception) -> bool:
+    """Whether it may come of a full disk, or of what is there: PyTorch and tokenizers have no own."""
+    return isinstance(error, (OSError, SafetensorError, RuntimeError)) or type(error) is Exception
+
+
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
 
 # ------------------------------------------------------------------------------- written as a whole
 
@@ -46,8 +80,10 @@ def new_folder(folder: str, remedy: str = "choose another folder", replace: bool
                     os.rename(old, folder)
                 raise
         common.flush(above)
-    except (OSError, SafetensorError, RuntimeError) as error:      # PyTorch's for a full disk
-        reason = getattr(error, "strerror", None) or str(error)
+    except Exception as error:
+        if not is_disks(error):
+            raise
+        reason = reason_of(error)
         raise UserError(f"{told} cannot be written: {reason}; {remedy}") from None
     finally:
         for parent in made:                             # those that are still empty
@@ -73,13 +109,14 @@ def flush_all(folder: str) -> None:
 
 # ------------------------------------------------------------------------------------- checkpoints
 
+@in_one_line
 def save_step(folder: str, step: int, finished: bool, write) -> None:
     """Make the checkpoint step-… in a stage's folder, by write(folder, step, finished).
 
     It is complete, and on the disk, before it has its name. Raises UserError where it cannot be.
     """
     target = f"{folder}/step-{step:06d}"
-    if not os.path.lexists(target):             # else it was killed just after this
+    if not os.path.isfile(f"{target}/config.yaml"):     # else it was killed just after this
         kept = common.checkpoint_of(folder)
         kept = f"{kept} is as it was" if kept else "there is no checkpoint yet"
         remedy = f"make room there; {kept}; then run the same command again"
@@ -97,6 +134,7 @@ def stage_of(checkpoint: str) -> str:
     return os.path.dirname(real) if is_within else checkpoint
 
 
+@in_one_line
 def publish(folder: str) -> None:
     """Put the files of the newest checkpoint, the last one, into the stage's folder itself."""
     newest, config = common.checkpoint_of(folder), f"{folder}/config.yaml"
@@ -112,6 +150,7 @@ def publish(folder: str) -> None:
     common.flush(folder)
 
 
+@in_one_line
 def sweep(folder: str, keep: int) -> None:
     """Remove what a killed run left half written, and the checkpoints beyond the newest `keep`."""
     root = glob.escape(folder)
@@ -138,6 +177,7 @@ def sweep(folder: str, keep: int) -> None:
         os.unlink(link)
 
 
+@in_one_line
 def remove_groups(folder: str) -> None:
     """What was saved of LoRA teachers on the way, once each of them is a checkpoint of its own."""
     for pattern in ("group-*", "unfinished-*"):
@@ -189,6 +229,7 @@ def is_ours(folder: str) -> bool:
     return "go_on_with" in record_in(folder, "run.yaml") or "finished" in record_in(folder)
 
 
+@in_one_line
 def remove_ours(folder: str) -> None:
     """Remove what this program wrote into this folder, config.yaml first, and it if nothing is left."""
     if not os.path.isdir(folder):

@@ -13,7 +13,7 @@ import config
 import t5
 from bench import board, machine, recorded
 from bench.folders import (is_ours, publish, remove_groups, remove_ours, save_step, sweep,
-                           teacher_folder)
+                           teacher_folder, writing)
 from bench.watch import Watch
 from common import UserError
 
@@ -188,7 +188,8 @@ class Run:
         runs.append({"command": machine.command_line(), "from_step": self.start, "processes": self.world,
                      "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                      "versions": machine.versions()} | machine.hardware(self.options.device))
-        common.write_yaml(path, {"go_on_with": machine.command_line(), "runs": runs})
+        with writing(path):
+            common.write_yaml(path, {"go_on_with": machine.command_line(), "runs": runs})
 
     def is_finite(self, step: int, loss: torch.Tensor, norm: float, dealt) -> bool:
         """Whether this step, counted from 0, may be taken: loss and gradient norm are finite.
@@ -289,8 +290,9 @@ class Log:
             self.board = board.Board(folder)
         if rank == 0 or not summed:
             path = f"{folder}/log-{rank}.jsonl" if rank else f"{folder}/log.jsonl"
-            forget_steps_after(start if summed else math.inf, path)
-            self.file = open(path, "a", buffering=1)
+            with writing(path):
+                forget_steps_after(start if summed else math.inf, path)
+                self.file = open(path, "a", buffering=1)
 
     def __call__(self, step: int, lr: float, terms: dict, tokens: float, more: dict | None = None):
         """terms: {name: detached tensor}, read (and so synchronised) only at the steps logged;
@@ -317,7 +319,8 @@ class Log:
     def note(self, line: dict) -> None:
         """Write a line of its own."""
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
+            with writing(self.file.name):
+                self.file.write(json.dumps(line) + "\n")
         if self.board is not None:
             self.board.add(line)
 

@@ -12,7 +12,7 @@ import config
 import lora
 import t5
 from bench import recorded
-from bench.folders import remove_ours, teacher_folder
+from bench.folders import remove_ours, teacher_folder, writing
 from common import UserError
 from hypernet import TAGI
 
@@ -25,8 +25,15 @@ def save_teacher(folder: str, record: dict, teacher: str, weights: lora.Weights,
     """
     path = teacher_folder(folder, teacher)
     remove_ours(path)                           # of fewer --steps
-    common.save_checkpoint(path, record | {"unit_name": teacher}, lora.flatten(weights),
-                           optimizer, record["steps"], finished=True)
+    with writing(path):
+        common.save_checkpoint(path, record | {"unit_name": teacher}, lora.flatten(weights),
+                               optimizer, record["steps"], finished=True)
+
+
+def save_record(run, step: int = 0, finished: bool = False) -> None:
+    """What config.yaml tells of the whole stage, beside its teachers' folders."""
+    with writing(run.folder):
+        common.save_checkpoint(run.folder, run.record(), {}, step=step, finished=finished)
 
 
 def check_teachers(folder: str, teachers: list[str], expected: dict, command: str) -> None:

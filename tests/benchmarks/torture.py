@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -63,9 +64,13 @@ class Ended:
     @property
     def lines(self) -> list[str]:
         """What it said, without the progress bars."""
-        lines = self.said.replace("\r", "\n").splitlines()
-        return [line for line in lines if line.strip() and "it/s" not in line and "s/it" not in line
-                and "|" not in line]
+        lines = []
+        for line in self.said.replace("\r", "\n").splitlines():
+            if "error: " in line:
+                lines.append(line[line.index("error: "):])
+            elif line.strip() and "it/s" not in line and "s/it" not in line and "|" not in line:
+                lines.append(line)
+        return lines
 
 
 def start(function, *args, rank: int | None = None, world: int = 1, port: int = 0) -> Ended:
@@ -204,9 +209,14 @@ def flat(value, name="") -> dict:
 
 def difference(one: Path, other: Path) -> str:
     """How a finished stage's folder differs from another one's, in a few words; nothing where it does not."""
-    names = [{name for name in files_of(folder) if name != ".lock"} for folder in (one, other)]
-    if names[0] != names[1]:
-        return f"other files: {sorted(names[0] ^ names[1])[:4]}"
+    names, listed = [], []
+    for folder in (one, other):
+        its = [name for name in files_of(folder) if name != ".lock"]
+        names.append({name for name in its if not name.startswith("step-")})
+        # Where a stop made a checkpoint, another one is kept beside the last: as many, with the same files.
+        listed.append(sorted(re.sub(r"^step-\d+", "step-N", name) for name in its))
+    if listed[0] != listed[1]:
+        return f"other files: {sorted(set(listed[0]) ^ set(listed[1]))[:4] or 'more of them'}"
     for name in sorted(names[0]):
         if name.endswith(".safetensors"):
             a, b = load_file(one / name), load_file(other / name)
@@ -222,6 +232,8 @@ def difference(one: Path, other: Path) -> str:
         if a.keys() != b.keys():
             return f"{name} has other names"
         for key in a:
+            if key.endswith("/lr"):                             # each step sets it
+                continue
             if not (torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]):
                 return f"{name}: other {key}"
     return ""
@@ -356,8 +368,9 @@ class Torture:
     def signals(self, stage="pretrain") -> str:
         """SIGTERM and SIGINT, once and twice, to one or both of two processes, in a step and in a save."""
         table = Table("case")
+        flags = ("--steps", 6, "--save-every", 2)
         project = self.case("straight-2", stage)
-        for ended in start_ranks(project, stage, self.flags, 2):
+        for ended in start_ranks(project, stage, flags, 2):
             assert ended.wait().code == 0, ended.said
         kept = project.runs / stage
         for where in ("before the first step", "in a step", "in a save"):
@@ -365,7 +378,7 @@ class Torture:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     for times in (1, 2):
                         project = self.case("signalled", stage)
-                        ranks = start_ranks(project, stage, self.flags, 2, sender(where, whom, number, times))
+                        ranks = start_ranks(project, stage, flags, 2, sender(where, whom, number, times))
                         codes = [ended.wait().code for ended in ranks]
                         lines = ranks[0].lines + ranks[1].lines
                         problem = "" if codes == [130, 130] else f"exit codes {codes}"
@@ -377,12 +390,13 @@ class Torture:
                                     problem += f"; not one line '{word}'"
                         ended = ranks[0]
                         if not problem:
-                            again = start_ranks(project, stage, self.flags, 2)
+                            again = start_ranks(project, stage, flags, 2)
                             codes = [ended.wait().code for ended in again]
                             problem = f"{codes}" if any(codes) else difference(project.runs / stage, kept)
                             ended = again[0]
-                        name = f"{where}, {whom}, {number.name}{', twice' if times == 2 else ''}"
-                        table.add(name, ended, problem)
+                        if problem:
+                            problem = f"{number.name}, {times} times: {problem}"
+                        table.add(f"{where}, {whom}", ended, problem)
         self.problems += table.problems
         return table.text() + "\n"
 
@@ -420,7 +434,7 @@ class Torture:
         """A folder where a file should be, and a file system that can only be read."""
         table = Table("case")
         middle = self.case("middle", stage)
-        start(train, middle, stage, *self.flags, before=lambda: stop_after(2)).wait()
+        start(lambda: train(middle, stage, *self.flags, before=lambda: stop_at(2))).wait()
         for name in ("run.yaml", "log.jsonl", "latest", ".lock", "config.yaml", "model.safetensors", "optimizer.pt",
                      "step-000004", "training_tasks.json", "config.yaml.tmp", "only to be read"):
             project = self.case("in-the-way", stage, middle.runs / stage)
@@ -429,8 +443,8 @@ class Torture:
                 subprocess.run(["mount", "--bind", folder, folder], check=True)
                 subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
             else:
-                if (folder / name).is_symlink() or (folder / name).is_file():
-                    (folder / name).unlink()
+                if is_there := os.path.lexists(folder / name):
+                    os.rename(folder / name, project.runs / "aside")
                 (folder / name / "mine").mkdir(parents=True)
             ended = start(train, project, stage, *self.flags).wait()
             errors = [line for line in ended.lines if line.startswith("error: ")]
@@ -441,6 +455,8 @@ class Torture:
                 problem += "; a folder of others was removed"
             else:
                 shutil.rmtree(folder / name)
+                if is_there:
+                    os.rename(project.runs / "aside", folder / name)
             ended = start(train, project, stage, *self.flags).wait()
             problem = problem or (ended.code == 0 and difference(folder, self.straight.runs / stage)) or ""
             table.add(name, ended, problem)
@@ -450,7 +466,7 @@ class Torture:
     problems = []
 
 
-def stop_after(step: int) -> None:
+def stop_at(step: int) -> None:
     """In a fork: a SIGTERM in this step, counted from 1."""
     at_call("bench.runs", "Log.__call__", step, lambda: os.kill(os.getpid(), signal.SIGTERM))
 

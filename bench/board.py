@@ -1,4 +1,5 @@
 """What a log holds, written for TensorBoard as well: --tensorboard, where that package is."""
+import common
 from common import UserError
 
 
@@ -22,8 +23,10 @@ class Board:
         """Add a log's line; of a step that is run once more, the later one counts."""
         step, group = line["step"], line.get("group", "")
         if group not in self.writers:
-            name = "".join(c if c.isalnum() else "_" for c in group)
-            folder = f"{self.folder}/group-{name}" if group else self.folder
+            folder = self.folder
+            if group:                           # names of teachers: too many for that of a folder
+                name = "".join(c if c.isalnum() else "_" for c in group[:40])
+                folder += f"/group-{name}-{common.digest(group)[:6]}"
             # From this step on what an earlier run wrote, which was stopped, is not shown.
             self.writers[group] = summary_writer()(folder, purge_step=step)
         for name, value in line.items():

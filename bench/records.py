@@ -217,8 +217,9 @@ def hold_out(tasks: list, options) -> tuple[list, list]:
     n = getattr(options, "hold_out", 0)         # earlier code had none
     names = sorted({unit(task) for task in tasks}, key=lambda x: common.digest(f"held out: {x}"))
     if n and n >= len(names):
+        kind = "data sets" if options.format == "p3" else "tasks"
         raise UserError(f"--hold-out {n} leaves nothing to train on: {options.data} has "
-                        f"{len(names)} training tasks; hold out fewer")
+                        f"{len(names)} training {kind}; hold out fewer")
     out = set(names[:n])
     return ([task for task in tasks if unit(task) not in out],
             [task for task in tasks if unit(task) in out])

@@ -24,6 +24,7 @@ import config
 import data
 import t5
 from bench import predictions, records, validation
+from bench.board import Board
 from hypernet import TAGI
 
 FOUR = ("--steps=4", "--save-every=1")
@@ -458,6 +459,15 @@ def test_tensorboard_keeps_groups_of_lora_teachers_apart(finished, tmp_path):
     shown = sorted([value for _, value in curves(folder)["loss"]] for folder in folders)
     of_log = sorted([row["loss"] for row in own.log("lora") if row["group"] == group] for group in groups)
     assert shown == [pytest.approx(losses) for losses in of_log]
+
+
+def test_a_group_of_many_teachers_has_a_folder_of_its_own(tmp_path):
+    shown = Board(str(tmp_path))
+    groups = [", ".join(["Grammar Error Correction / Detection"] * n) for n in (15, 16)]
+    for group in groups:
+        shown.add({"step": 1, "loss": 0.5, "group": group, "not_finite": ["nan"]})
+    shown.close()
+    assert [curves(folder) for folder in (tmp_path / "tensorboard").glob("group-*")] == [{"loss": [(1, 0.5)]}] * 2
 
 
 def test_without_tensorboard_one_line_says_what_to_install_before_anything_is_trained(finished, tmp_path, monkeypatch):

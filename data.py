@@ -34,8 +34,6 @@ IGNORE = -100           # label of positions that do not count, as in PyTorch's 
 GET_SNI = "git clone --depth 1 --branch v2.6 https://github.com/allenai/natural-instructions"
 _warned = set()         # what was warned of already: it is said once
 
-read_documents = records.read_documents         # the corpus, which has no tasks
-
 
 @dataclass
 class Instance:

@@ -26,7 +26,7 @@ import config
 import data
 import lora
 import t5
-from bench import optim, recorded, sample, terminal
+from bench import optim, recorded, records, sample, terminal
 from bench.runs import Run
 from bench.teachers import (load_kl_teacher, load_teachers, start_from_pretrained,
                             svd_factors)
@@ -102,7 +102,7 @@ def located(labels, device):
 
 def pretrain_batches(options, tagi, n_micro):
     """Text cut at random into a | b | c: K instructions, K inputs, K targets."""
-    documents = data.read_documents(options.text)
+    documents = records.read_documents(options.text)
     tokenizer, device = tagi.tokenizer, options.device
     t5.check_knows(tokenizer, documents, options.text)
     n = options.tasks * options.instances

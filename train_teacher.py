@@ -24,7 +24,7 @@ import config
 import data
 import lora
 import t5
-from bench import curriculum, optim, sample, terminal
+from bench import curriculum, optim, records, sample, terminal
 from bench.folders import remove_groups, save_step, sweep, teacher_folder
 from bench.runs import Log, Run
 from bench.teachers import (find_progress, load_rows, load_start, row_norms, save_record,
@@ -393,7 +393,7 @@ def train_base(options, run):
     tokenizer = t5.load_tokenizer(path)
     run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
     # Each document is cut in two: the encoder reads the first part, the rest is the target.
-    documents = data.read_documents(options.text)
+    documents = records.read_documents(options.text)
     t5.check_knows(tokenizer, documents, options.text)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     n = options.tasks * options.instances

@@ -20,7 +20,7 @@ import common
 import config
 import data
 import t5
-from bench import memory, p3, predictions, sample, terminal
+from bench import memory, p3, predictions, records, sample, terminal
 from common import UserError
 
 EDGES = (8, 16, 32, 64, 128, 256, 512, 1024)    # of the histogram, tokens
@@ -248,7 +248,7 @@ def check_text(stage: str, options, tokenizer, problems: list) -> None:
             problems.append(f"{stage}: {skip}")
         return
     try:
-        documents = data.read_documents(options.text)
+        documents = records.read_documents(options.text)
     except UserError as error:
         problems.append(f"{stage}: {error}")
         return

@@ -26,6 +26,7 @@ import adapt
 import data
 import t5
 from bench import p3, predictions
+from bench.records import read_documents
 from common import UserError
 
 HUGE, DEEP, DEEPER = "@huge@", "@deep@", "@deeper@"         # numbers and nesting that json.dumps would not write
@@ -338,7 +339,7 @@ def corpus(rng) -> None:
     else:
         content = damage_text(rng, "\n".join(lines).encode("utf-8", "replace").decode())
     path.write_bytes(content)
-    documents = data.read_documents(str(path))
+    documents = read_documents(str(path))
     look(documents)
     assert documents
     for row in data.cut_documents(documents, letters, 3, 20, np.random.default_rng(0)):

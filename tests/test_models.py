@@ -17,6 +17,7 @@ from bench.teachers import load_teachers, save_teacher
 import t5
 import train_teacher
 from bench import optim, predictions, report
+from bench.records import read_documents
 from conftest import INPUTS, KINDS, OUTPUTS, apart, make_llm, make_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------- the LLM
@@ -364,14 +365,14 @@ def test_documents_are_lines_of_text_or_of_json(tmp_path):
     lines = ["cat dog red", "", "cat", "blue dog cat dog"]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines if line))
-    text, records = (data.read_documents(str(tmp_path / f)) for f in ("a.txt", "a.jsonl"))
+    text, records = (read_documents(str(tmp_path / f)) for f in ("a.txt", "a.jsonl"))
     assert text == records == [lines[0], lines[3]]
     (tmp_path / "a.jsonl").write_text('{"text": "cat"}\n{"txt": "cat"}')
     with pytest.raises(common.UserError, match="a.jsonl, line 2"):
-        data.read_documents(str(tmp_path / "a.jsonl"))
+        read_documents(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.txt").write_text("cat\n")
     with pytest.raises(common.UserError, match="no document"):
-        data.read_documents(str(tmp_path / "a.txt"))
+        read_documents(str(tmp_path / "a.txt"))
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

@@ -118,7 +118,7 @@ def test_half_an_emoji_in_a_line_of_json_is_told_with_file_and_line(tmp_path):
     assert "s.jsonl, line 2, references 1: sign 6" in refused(predictions.rescore, path, broken, None)
     for name in ("c.jsonl", "c.txt"):
         broken = lines(tmp_path / name, {"text": "The dog ran."}, {"text": f"This is {HALF}."})
-        assert f"{name}, line 2, text: sign" in refused(data.read_documents, broken)
+        assert f"{name}, line 2, text: sign" in refused(records.read_documents, broken)
 
 
 def test_whole_emojis_and_nuls_that_json_writes_are_signs_like_others(tmp_path):
@@ -126,8 +126,8 @@ def test_whole_emojis_and_nuls_that_json_writes_are_signs_like_others(tmp_path):
     x = data.load_sni(root)[0].instances[1]
     assert (x.input, x.outputs) == ("a 🙂 and a \0", ["😀"])
     path = lines(tmp_path / "c.jsonl", {"text": "a \0 b c"})
-    assert data.read_documents(path) == ["a \0 b c"]
-    assert "c.txt cannot be read: line 2 holds a NUL" in refused(data.read_documents, lines(tmp_path / "c.txt", "a b c", "a \0 b c"))
+    assert records.read_documents(path) == ["a \0 b c"]
+    assert "c.txt cannot be read: line 2 holds a NUL" in refused(records.read_documents, lines(tmp_path / "c.txt", "a b c", "a \0 b c"))
 
 
 # ------------------------------------------------------------------------------------------------- encodings, endings
@@ -141,7 +141,7 @@ def test_a_file_is_utf_8_with_or_without_a_byte_order_mark(tmp_path, name, encod
                "c.jsonl": json.dumps({"text": "Das Café ist zu."}, ensure_ascii=False)}[name]
     (tmp_path / name).write_bytes(content.encode(encoding))
     (tmp_path / "tasks/task2_café.json").write_text(json.dumps(task()))
-    read = data.read_documents if name.startswith("c.") else lambda path: data.load_sni(root)
+    read = records.read_documents if name.startswith("c.") else lambda path: data.load_sni(root)
     if encoding.startswith("utf-8"):
         found = read(str(tmp_path / name))
         assert found == ["Das Café ist zu."] or found[0].name == "task1_city"
@@ -152,7 +152,7 @@ def test_a_file_is_utf_8_with_or_without_a_byte_order_mark(tmp_path, name, encod
 @pytest.mark.parametrize("name", ["c.txt", "c.json", "c.jsonl", "c.text", "c"])
 def test_lines_of_json_are_known_by_what_they_hold(tmp_path, name):
     path = lines(tmp_path / name, "", {"text": "The dog ran."}, {"url": 1, "text": "A cat sat."})
-    assert data.read_documents(path) == ["The dog ran.", "A cat sat."]
+    assert records.read_documents(path) == ["The dog ran.", "A cat sat."]
 
 
 @pytest.mark.parametrize("name", ["c.txt", "c.json"])
@@ -160,15 +160,15 @@ def test_lines_of_json_are_known_by_what_they_hold(tmp_path, name):
     [{"text": "The dog ran."}], ["The dog ran."], '{"text": "The dog', '{\n "text": "The dog ran."\n}', {"texts": "The dog ran."}])
 def test_json_that_is_no_lines_with_a_text_is_not_read_as_plain_text(tmp_path, name, content):
     text = content if isinstance(content, str) else json.dumps(content)
-    assert f"{name}, line 1" in refused(data.read_documents, lines(tmp_path / name, text))
+    assert f"{name}, line 1" in refused(records.read_documents, lines(tmp_path / name, text))
     if isinstance(content, list):
-        refused(data.read_documents, lines(tmp_path / name, json.dumps(content, indent=1)))
+        refused(records.read_documents, lines(tmp_path / name, json.dumps(content, indent=1)))
 
 
 def test_plain_text_that_begins_like_json_is_plain_text(tmp_path):
     texts = ["[1] The dog ran.", "{ The dog ran.", "[[Dog]] ran away fast.", '"The dog ran," he said.', "{{Infobox | a | b}}"]
     for text in texts:
-        assert data.read_documents(lines(tmp_path / "c.txt", text, "A cat sat.")) == [text, "A cat sat."]
+        assert records.read_documents(lines(tmp_path / "c.txt", text, "A cat sat.")) == [text, "A cat sat."]
 
 
 # ------------------------------------------------------------------------------------------------ texts without spaces
@@ -176,16 +176,16 @@ def test_plain_text_that_begins_like_json_is_plain_text(tmp_path):
 def test_documents_that_are_left_out_are_counted(tmp_path):
     path = lines(tmp_path / "c.txt", "The dog ran.", "", "Dogs.", "Two words", " ")
     with pytest.warns(UserWarning, match="c.txt: 2 of 3 documents are left out"):
-        assert data.read_documents(path) == ["The dog ran."]
+        assert records.read_documents(path) == ["The dog ran."]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data.read_documents(lines(tmp_path / "d.txt", "The dog ran.", ""))
+        records.read_documents(lines(tmp_path / "d.txt", "The dog ran.", ""))
 
 
 @pytest.mark.parametrize("text", ["小猫在花园的树下睡着了。", "きのう東京で友だちに会った。", "แมวนอนหลับอยู่ในสวน", "ខ្ញុំទៅផ្សារនៅថ្ងៃនេះ"])
 def test_texts_without_spaces_are_documents(tmp_path, text):
     with pytest.warns(UserWarning, match="1 of 2"):
-        assert data.read_documents(lines(tmp_path / "c.txt", text, "犬")) == [text]
+        assert records.read_documents(lines(tmp_path / "c.txt", text, "犬")) == [text]
 
 
 @pytest.mark.parametrize("ids", [[], [7], [7, 8]])

@@ -221,7 +221,7 @@ def record_in(folder: str, name: str = "config.yaml") -> dict:
 
 def is_ours(folder: str) -> bool:
     """Whether a run of this program made this folder; also where nothing is there yet."""
-    if os.path.islink(folder) or not os.path.isdir(folder):
+    if not os.path.isdir(folder):                       # a link to a folder is one
         return not os.path.lexists(folder)
     # Names alone do not tell: an LLM of somebody else's has the same. So a run marks its folder first.
     if all(name in BEGUN or name.startswith(OUR_FOLDERS) for name in os.listdir(folder)):

@@ -236,8 +236,10 @@ class Run:
             self.leave(step)
 
     def _validate(self, step, save):
-        if self.validation is not None:
-            self.validation.after_step(step, lambda new: save(new, step, False, optimizer=None))
+        if self.validation is None or not self.validation.after_step(step):
+            return
+        if self.rank == 0:
+            self.validation.keep(step, lambda new: save(new, step, False, optimizer=None))
 
     def leave(self, step: int, asked: bool = True) -> None:
         """End after a stop, if a rank was asked to, with what was saved and how to go on."""

@@ -170,7 +170,8 @@ class Validation:
         self.batches = {"validation": data.batches(right, size)}        # term -> batches of draws
         if shuffle:
             self.batches["validation_shuffled"] = data.batches(shuffled(right, training), size)
-        self.digest = common.digest(repr(right))
+        texts = [(x.task.name, x.definition, x.demonstrations, x.pairs, x.prompts) for x in right]
+        self.digest = common.digest(repr(texts))        # losses of other texts do not compare
         self.best = math.inf
 
     def begin(self) -> None:
@@ -192,22 +193,23 @@ class Validation:
         is_number = isinstance(loss, float) and math.isfinite(loss)
         return loss if is_number and record.get("validation_digest") == self.digest else None
 
-    def after_step(self, step: int, save) -> None:
-        """Validate where that is due, and keep the best checkpoint, by save(folder)."""
+    def after_step(self, step: int) -> bool:
+        """Validate where that is due; whether these weights are the best so far, to be kept."""
         options, run = self.run.options, self.run
         if step % options.validate_every and step != options.steps:
-            return
+            return False
         begun, losses = time.time(), {}
         with evaluating(self.model):
             for term, batches in self.batches.items():
                 losses[term] = mean_loss(batches, self.loss_of, run.rank, run.world, options.device)
         run.log.validated(step, losses, time.time() - begun)
-        if losses["validation"] < self.best:            # a loss that is no number is none
-            self.best = losses["validation"]
-            if run.rank == 0:
-                self._keep(step, losses, save)
+        is_best = losses["validation"] < self.best      # a loss that is no number is none
+        if is_best:
+            self.best, self.losses = losses["validation"], losses
+        return is_best
 
-    def _keep(self, step, losses, save):
+    def keep(self, step: int, save) -> None:
+        """Write the best checkpoint, by save(folder), and then remove the one before."""
         folder = self.run.folder
         target = f"{folder}/best-{step:06d}"
         if os.path.lexists(target) and self._loss_of_best(target) is None:
@@ -217,7 +219,7 @@ class Validation:
             with new_folder(target, remedy) as new:
                 save(new)
                 move_config(new, new, folder, target)
-                record = record_in(new) | losses | {"validation_digest": self.digest}
+                record = record_in(new) | self.losses | {"validation_digest": self.digest}
                 common.write_yaml(f"{new}/config.yaml", record)
                 if os.path.isfile(f"{folder}/training_tasks.json"):
                     shutil.copy(f"{folder}/training_tasks.json", new)

@@ -72,7 +72,7 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
     if absent and not (allow_missing and len(absent) < len(files)):
         names = ", ".join(os.path.basename(file) for file in absent[:3])
         others = "" if allow_missing else " (or do without: --allow-missing)"
-        raise UserError(f"{len(absent)} tasks of {split_file(root, split)} are not in {root}/tasks: "
+        raise UserError(f"{len(absent)} tasks of {split_file(root, split)} have no file in tasks/: "
                         f"{names} …; get them all: {GET_SNI}{others}")
     there = [file for file in files if file not in absent]
     return [read_task(file, max_instances, skip, shuffle=split == "train") for file in there]
@@ -89,8 +89,8 @@ def split_file(root: str, split: str) -> str:
 def listed_tasks(root: str, split: str) -> list[str]:
     """The names of a split's tasks, whether their files are there or not."""
     path = split_file(root, split)
-    remedy = (f"--data and --split name a folder in SNI's layout: {GET_SNI} (or python -m "
-              "bench.sample writes the built-in suite)")
+    remedy = (f"--data and --split name a folder like SNI's: {GET_SNI} (or python -m bench.sample "
+              "writes the built-in suite)")
     return records.read_names(path, remedy)
 
 

@@ -750,3 +750,27 @@ def test_every_number_of_every_script_is_finite_and_bounded(module, stage):
 def test_numbers_out_of_their_range_are_refused(flag):
     with pytest.raises(common.UserError, match=f"{flag.partition('=')[0]}.*must be (a finite number from|below 1)"):
         train_hyper.parser().parse_args(["--stage=finetune", flag])
+
+
+@pytest.mark.parametrize("stage", ["base", "pretrain"])
+def test_a_text_in_signs_that_the_tokenizer_does_not_know_is_refused_before_training(project, tmp_path, stage):
+    path = tmp_path / "text.txt"
+    path.write_text("猫 は 猫 で ある\nкот это кот да\n" * 50)
+    line = project.refuses(stage, "--name=other", "--text", path)
+    assert f"{path}: the tokenizer knows 0% of the characters there" in line
+    assert not (project.runs / "other" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", ["meta", "lora", "lora-all", "finetune", "evaluate"])
+def test_tasks_in_signs_that_the_tokenizer_does_not_know_are_refused_before_training(project, tmp_path, stage):
+    other = project.copy(tmp_path / "damaged", data=tmp_path / "data")
+    for path in (other.data / "tasks").glob("*.json"):
+        content = json.loads(path.read_text())
+        content["Definition"] = ["猫は猫である"]
+        content["Instances"] = [{"id": f"x{n}", "input": f"Ж{'ЖЯ' * n}", "output": ["кот"]} for n in range(9)]
+        path.write_text(json.dumps(content))
+    flags = ["--rows=tagi"] if stage == "evaluate" else ["--name=other"]
+    if stage in ("lora", "lora-all", "finetune"):
+        flags += ["--llm", other.runs / "meta"]                 # of which no digest of data is compared
+    line = other.refuses(stage, *flags, "--data", other.data)
+    assert "the tokenizer knows 0% of the characters there" in line and str(other.data) in line

@@ -92,6 +92,7 @@ def load_tokenizer(path: str):
     from transformers import AutoTokenizer, T5Tokenizer
     with named_file(path, "it needs a tokenizer.json, or a spiece.model and the package protobuf "
                     "(requirements.txt)"):
+        llm_files.check_tokenizer_config(path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except ValueError:              # for umT5 it knows no class that reads a spiece.model

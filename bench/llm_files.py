@@ -4,6 +4,7 @@ Transformers makes a model of whatever config.json says: of sizes that fill the 
 start token that is not there, or with weights that are no numbers.
 """
 import glob
+import json
 import os
 
 from safetensors import safe_open
@@ -65,6 +66,17 @@ def check_types(file: str) -> None:
             if kind not in FLOATS:
                 raise UserError(f"{file}: {name} is of type {kind}; save the weights as float32 or "
                                 "bfloat16, not quantised")
+
+
+def check_tokenizer_config(path: str) -> None:
+    """Raises UserError where it asks for more sentinels than a loop of Transformers' ends with."""
+    file = f"{path}/tokenizer_config.json"
+    if not os.path.isfile(file):
+        return
+    with open(file, encoding="utf-8") as f:
+        n = json.load(f).get("extra_ids") or 0
+    if not isinstance(n, int) or not 0 <= n <= 10_000:
+        raise UserError(f"{file}: extra_ids is {str(n)[:20]}; expected 0 to 10000 (T5's are 100)")
 
 
 def check_tokenizer(path: str, tokenizer) -> None:

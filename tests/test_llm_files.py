@@ -172,6 +172,12 @@ def test_a_folder_without_a_vocabulary_is_refused_whatever_its_special_tokens(fo
     refusal(folder)
 
 
+@pytest.mark.parametrize("extra_ids", [10 ** 30, -1, "100", 1e9, [1]])
+def test_more_sentinels_than_there_can_be_are_refused_at_once(folder, extra_ids):
+    change(folder / "tokenizer_config.json", extra_ids=extra_ids)
+    assert "extra_ids" in refusal(folder)
+
+
 def test_texts_that_the_tokenizer_does_not_know_are_refused():
     tokenizer = make_tokenizer()
     t5.check_knows(tokenizer, ["a red cat"] * 3 + ["猫は猫"] * 2, "these")

@@ -220,10 +220,8 @@ def check_lengths(split: str, tasks: list, options, tokenizer, problems: list) -
     """Print the table of one split's lengths."""
     rows = [["", "texts", "mean", "longest", *(f"≤{edge}" for edge in EDGES), f">{EDGES[-1]}",
              "limit", "cut", "1 % at", "unknown"]]
-    tokens = unknowns = 0
     for kind, (texts, limit) in texts_of(tasks, options).items():
         lengths, unknown = measure(drawn(texts, options.texts), tokenizer)
-        tokens, unknowns = tokens + sum(lengths), unknowns + (unknown or 0)
         most = getattr(options, limit)
         over = sum(length > most for length in lengths)
         rows.append([kind, str(len(texts)), f"{sum(lengths) / len(lengths):.0f}",
@@ -232,9 +230,16 @@ def check_lengths(split: str, tasks: list, options, tokenizer, problems: list) -
                      "?" if unknown is None else percent(unknown, sum(lengths))])
     print(f"{split}, tokens, and % of the texts by tokens:")
     print_table(rows)
-    if tokens and unknowns > tokens / 2:
-        problems.append(f"{split}: {percent(unknowns, tokens)} of the tokens are unknown to the "
-                        "tokenizer; take a model that knows this language and its signs")
+    check_knows(split, data.texts_of(tasks), options.data, tokenizer, problems)
+
+
+def check_knows(name: str, texts: list[str], path: str, tokenizer, problems: list) -> None:
+    """The rule by which a stage refuses texts of which its tokenizer knows too little."""
+    try:
+        if tokenizer is not None:
+            t5.check_knows(tokenizer, texts, path)
+    except UserError as error:
+        problems.append(f"{name}: {error}")
 
 
 def check_text(stage: str, options, tokenizer, problems: list) -> None:
@@ -252,6 +257,7 @@ def check_text(stage: str, options, tokenizer, problems: list) -> None:
     except UserError as error:
         problems.append(f"{stage}: {error}")
         return
+    check_knows(stage, documents, options.text, tokenizer, problems)
     lengths, _ = measure(drawn(documents, options.texts), tokenizer)
     mean = sum(lengths) / len(lengths)
     longer = sum(length > options.text_length for length in lengths)

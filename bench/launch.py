@@ -13,6 +13,7 @@ takes all of torchrun's options and runs its code. What differs:
 """
 from bench import early         # first: Ctrl-C while PyTorch loads
 
+import contextlib
 import logging
 import os
 import signal
@@ -54,8 +55,9 @@ class Launcher:
         if not self.are_there:      # else `wait` sees it in a moment, where no process is half made
             raise KeyboardInterrupt
 
+    @contextlib.contextmanager
     def watching(self):
-        """Have PContext's methods go through this launcher."""
+        """Within: PContext's methods go through this launcher."""
         start, wait, close = PContext.start, PContext.wait, PContext.close
 
         def started(context):
@@ -82,6 +84,10 @@ class Launcher:
             self.note_codes(context)
 
         PContext.start, PContext.wait, PContext.close = started, waited, closed
+        try:
+            yield
+        finally:
+            PContext.start, PContext.wait, PContext.close = start, wait, close
 
     def note_codes(self, context) -> None:
         """Of ranks that have ended, unless that was noted before."""
@@ -140,14 +146,14 @@ def prepare(argv: list[str] | None):
 def main(argv=None):
     args = prepare(argv)
     launcher = Launcher(args)
-    launcher.watching()
     launcher.listen()
     # That a rank failed, and that the others get a SIGTERM: the ranks have said why.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     args.signals_to_handle = "SIGQUIT"                  # ends all at once
     try:
-        run.run(args)
+        with launcher.watching():
+            run.run(args)
     except (KeyboardInterrupt, ChildFailedError):
         sys.exit(code_of(launcher.codes))
     except SignalException as quit:

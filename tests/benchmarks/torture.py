@@ -292,6 +292,13 @@ class Torture:
             shutil.copytree(copy, project.runs / stage, symlinks=True)
         return project
 
+    def have_straight(self) -> None:
+        """Those runs that nothing cut off which are not there yet."""
+        for stage in STAGES:
+            if not (self.straight.runs / stage).is_dir():
+                ended = start(train, self.straight, stage, *self.flags_of(stage)).wait()
+                assert ended.code == 0, ended.said
+
     def flags_of(self, stage: str) -> tuple:
         return (*self.flags, "--teachers-at-once", 2) if stage == "lora" else self.flags
 
@@ -320,6 +327,7 @@ class Torture:
     def file_events(self, most: int | None, rng) -> str:
         """Each stage cut off before each of its file events; most: at most so many cases of a stage."""
         table, events, kinds = Table("stage"), {}, collections.Counter()
+        shutil.rmtree(self.straight.runs, ignore_errors=True)
         for stage in STAGES:
             watcher = self.watched(stage)
             events[stage] = sum(watcher.events.values())
@@ -463,7 +471,102 @@ class Torture:
         self.problems += table.problems
         return table.text() + "\n"
 
+    def launcher(self) -> str:
+        """Real launches of two processes, each cut off once and then started again until it ends."""
+        table, steps = Table("case"), ("--steps", "60", "--save-every", "20")
+        straight = self.case("launched-straight", "pretrain")
+        command = launch_command(straight, steps)
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+        shell = self.folder / "job.sh"
+        shell.write_text(SHELL)
+        for name, flags, cut in LAUNCHES:
+            project = self.case("launched", "pretrain")
+            output = tempfile.TemporaryFile("w+", errors="replace")
+            command = launch_command(project, steps, flags)
+            log, code, begun = project.runs / "pretrain" / "log.jsonl", None, time.time()
+            if cut == "shell":
+                code = subprocess.run(["bash", shell, log, *map(str, command)], cwd=ROOT, stdout=output,
+                                      stderr=subprocess.STDOUT, timeout=600).returncode
+                problem = "" if code == 0 else f"exit code {code}"
+            else:
+                running = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+                while running.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > 5):
+                    time.sleep(0.1)
+                ranks = [int(pid) for pid in subprocess.run(
+                    ["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()]
+                cut(running, ranks)
+                code, begun = running.wait(), time.time()
+                while any(os.path.exists(f"/proc/{rank}") for rank in ranks) and time.time() < begun + 90:
+                    time.sleep(0.2)
+                took = time.time() - begun
+                expected = {"SIGKILL to the launcher": -signal.SIGKILL,
+                            "SIGKILL to rank 1, `--max-restarts 3`": 0}.get(name, 130)
+                problem = "" if code == expected else f"exit code {code}"
+                if took > 60:
+                    problem += f"; ranks were there {took:.0f} s later"
+            output.seek(0)
+            said = output.read()
+            if "Traceback" in said:
+                problem += "; a traceback"
+            for _ in range(1 if code else 0):
+                problem += "; again" * bool(subprocess.run(command, cwd=ROOT, capture_output=True).returncode)
+            ended = Ended(0, output)
+            ended.code = 0
+            folders = project.runs / "pretrain", straight.runs / "pretrain"
+            table.add(name, ended, problem or difference(*folders))
+            print(name, "\n".join(ended.lines[-6:]), flush=True)
+        self.problems += table.problems
+        return table.text() + "\n"
+
     problems = []
+
+
+# What a batch system does: a SIGTERM before the time is up, and the same command once more in the next job.
+SHELL = """
+log=$1
+shift
+until "$@"; do
+    code=$?
+    [ "$code" = 130 ] || exit "$code"
+done &
+job=$!
+until [ "$(wc -l < "$log" 2> /dev/null || echo 0)" -gt 5 ]; do sleep 0.1; done
+kill -TERM $(pgrep -P $job)
+wait $job
+"""
+
+
+def launch_command(project: Project, steps, flags=()) -> list[str]:
+    words = ["-m", "bench.launch", "--nproc-per-node", "2", *flags, "train_hyper.py", "--stage", "pretrain"]
+    return [sys.executable, *words, "--config", str(project.config), "--runs", str(project.runs), *steps]
+
+
+def to_launcher(*numbers):
+    def cut(running, ranks):
+        for number in numbers:
+            running.send_signal(number)
+            time.sleep(0.3)
+    return cut
+
+
+def to_ranks(number, *which):
+    def cut(running, ranks):
+        for rank in which:
+            os.kill(ranks[rank], number)
+    return cut
+
+
+# Name, the launcher's flags, cut(launcher, ranks).
+LAUNCHES = [
+    ("SIGTERM to the launcher", (), to_launcher(signal.SIGTERM)),
+    ("SIGINT to the launcher, three times", (), to_launcher(signal.SIGINT, signal.SIGINT, signal.SIGINT)),
+    ("SIGTERM to one rank, `--max-restarts 3`", ("--max-restarts=3",), to_ranks(signal.SIGTERM, 1)),
+    ("SIGTERM to launcher and ranks", (), lambda running, ranks: (
+        to_ranks(signal.SIGTERM, 0, 1)(running, ranks), to_launcher(signal.SIGTERM)(running, ranks))),
+    ("SIGKILL to the launcher", (), to_launcher(signal.SIGKILL)),
+    ("SIGKILL to rank 1, `--max-restarts 3`", ("--max-restarts=3",), to_ranks(signal.SIGKILL, 1)),
+    ("a batch system: SIGTERM, and the same command again", (), "shell"),
+]
 
 
 def stop_at(step: int) -> None:
@@ -512,36 +615,70 @@ def sender(where: str, whom: str, number: int, times: int):
     return before
 
 
+# Part of the page -> its heading and what is counted there.
+PARTS = {
+    "events": ("Cut off at a file event", """Before each file event of a run (start, two saves of which the second is the
+        last, end) its folder is copied as it is, and once with what was written since the event before cut in half. Each
+        copy that differs from all before is a case: what a SIGKILL there leaves. The same command goes on with it. *Bit
+        for bit*: weights and optimizer are those of the run that nothing cut off, and so is the list of files."""),
+    "kills": ("Killed at random moments", """All processes of a run get a SIGKILL at a random moment, then the same command
+        is run again, and its end is compared as above, with a run of as many processes."""),
+    "signals": ("Stopped", """Stage pretrain on two processes. SIGTERM and SIGINT, once and twice, are four cases of each row.
+        Besides the comparison, both processes leave with exit code 130, without a traceback; in and after the first
+        step one line says that it saves and one where it stopped."""),
+    "launcher": ("The launcher", """`python -m bench.launch --nproc-per-node 2`, stage pretrain, each cut off once. After a
+        stop its exit code is 130; ranks whose launcher is gone leave within a minute. Then the same command is run again
+        (for `--max-restarts` the launcher does that itself), and the end is compared as above."""),
+    "disks": ("A full disk", """Each stage in a file system of its own, at several sizes. Where it does not suffice the run
+        is to end *in one line* with exit code 2; the file system is enlarged and the same command run again."""),
+    "ways": ("Something in the way", """A run of stage finetune with a checkpoint; then a folder with a file of somebody
+        else's stands where this file or folder belongs. The run is to end in one line with exit code 2, and to leave that
+        folder alone; when it is gone, the same command goes on."""),
+}
+
+
+def write(name: str, text: str) -> None:
+    """Put a part into docs/interruption.md; the others stay."""
+    path = ROOT / "docs" / "interruption.md"
+    old = path.read_text() if path.is_file() else ""
+    page = "# What interrupts a run, and what is lost\n\n" + pages.paragraph(
+        "Written by `tests/benchmarks/torture.py`; nothing is to be refused or lost. Runs are those of the tests: tiny",
+        "models, four steps, one thread, forks of one process.") + "\n\n"
+    for part, (title, words) in PARTS.items():
+        its = pages.part_of(old, part)
+        if part == name:
+            said = pages.paragraph(" ".join(words.split()), f"By `{pages.command_line()}`.")
+            its = f"## {title}\n\n{said}\n\n{text}\n"
+        if its:
+            page += pages.part(part, its)
+    path.write_text(page)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--short", action="store_true", help="one save of each stage, some of its events; nothing is written")
     add("--moments", type=int, default=30, help="kills at random, on one process and on two")
-    add("--sizes", type=int, default=12, help="full disks of each stage")
+    add("--sizes", type=int, default=12, help="file systems of each stage, as root")
     add("--most", type=int, help="at most so many cases of a stage's file events, drawn at random")
     add("--seed", type=int, default=0)
-    add("--parts", default="events,kills,signals,disks,ways")
+    add("--parts", default=",".join(PARTS), help="of the page; the others stay as they are")
     args = parser.parse_args()
-    rng, parts = random.Random(args.seed), args.parts.split(",")
+    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         torture = Torture(Path(folder), *((2, 1) if args.short else (4, 2)))
         if args.short:
             print(torture.file_events(args.most or 5, rng))
             sys.exit(bool(torture.problems))
-        events = torture.file_events(args.most, rng)
-        texts = {"events": events}
-        for name, make in (("kills", lambda: torture.random_kills(args.moments, (1, 2), rng)),
-                           ("signals", torture.signals), ("disks", lambda: torture.full_disks(args.sizes)),
-                           ("ways", torture.things_in_the_way)):
-            if name in parts:
-                texts[name] = make()
-                print(texts[name], flush=True)
-        write(texts, args)
+        makers = {"events": lambda: torture.file_events(args.most, rng),
+                  "kills": lambda: torture.random_kills(args.moments, (1, 2), rng), "signals": torture.signals,
+                  "launcher": torture.launcher, "disks": lambda: torture.full_disks(args.sizes), "ways": torture.things_in_the_way}
+        for name in args.parts.split(","):
+            torture.have_straight()
+            text = makers[name]()
+            print(text, flush=True)
+            write(name, text)
     sys.exit(bool(torture.problems))
-
-
-def write(texts: dict, args) -> None:
-    print(texts)
 
 
 if __name__ == "__main__":

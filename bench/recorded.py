@@ -48,6 +48,8 @@ def load_options(folder: str, needs=("finished",)) -> argparse.Namespace:
 
 def check(key: str, value) -> None:
     """Raises ValueError where a run of ours cannot have written this value."""
+    if key in config.PATHS and isinstance(value, str):
+        config.path(value)                              # ArgumentTypeError for what names no file
     if key in FOUND:
         fine = _is(value, FOUND[key])
     else:

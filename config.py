@@ -235,6 +235,9 @@ def add_training_options(parser: Parser, stages: list[str], steps: int, text_len
              "among its micro-batches; 0: as drawn")
     add("--checkpointing", default=False, **flag,
         help="gradient checkpointing: less memory, as each block of the LLM runs twice")
+    add("--shard", default=False, **flag,
+        help="deal out the LLM's and the student's weights, gradients and optimizer among the "
+             "processes of torchrun (fully_shard): less memory, more traffic")
     add("--save-every", type=positive, default=1000, help="steps between checkpoints")
     add("--keep", type=positive, default=2, help="so many of the newest checkpoints are kept")
     add("--on-nan", default="stop", choices=["stop", "skip"],

@@ -72,11 +72,15 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     return llm.to(device), tokenizer
 
 
-def save_llm(folder: str, record: dict, llm, tokenizer, *args, **kwargs) -> None:
-    """Write a checkpoint of ours (`common.save_checkpoint`) that is one of Transformers' too."""
+def save_llm(folder: str, record: dict, llm, tokenizer, *args, weights=None, **kwargs) -> None:
+    """Write a checkpoint of ours (`common.save_checkpoint`) that is one of Transformers' too.
+
+    weights: its own by default; where they were dealt out among processes, those gathered.
+    """
     os.makedirs(folder, exist_ok=True)
     save_all_but_weights(folder, llm, tokenizer)
-    common.save_checkpoint(folder, record, dict(llm.named_parameters()), *args, **kwargs)
+    weights = weights or dict(llm.named_parameters())
+    common.save_checkpoint(folder, record, weights, *args, **kwargs)
 
 
 def save_all_but_weights(folder: str, llm, tokenizer) -> None:

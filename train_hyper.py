@@ -26,9 +26,9 @@ import config
 import data
 import lora
 import t5
-from bench import optim, recorded, records, sample, terminal
+from bench import optim, recorded, records, sample, shard, terminal
 from bench.runs import Run
-from bench.teachers import (load_kl_teacher, load_teachers, start_from_pretrained,
+from bench.teachers import (load_kl_teacher, load_teachers, rows_of, start_from_pretrained,
                             svd_factors)
 from bench.validation import Validation, check_stage
 from common import UserError
@@ -184,7 +184,7 @@ def finetune_batch(options, tagi, drawn, teachers=()):
 def make_student(options, run):
     """(the TAGI to train, where its frozen LLM is)."""
     path = t5.llm_path(options, run.found)
-    llm, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
+    llm, tokenizer = t5.load_llm(path, shard.home(options), options.precision, options.attention)
     is_local = os.path.isdir(path)
     run.found |= {
         "llm_is_relative": is_local,            # so that runs/ can be moved
@@ -207,7 +207,7 @@ def run_teacher(tagi, teacher_llm, teachers, options, batch):
         if options.kl_teacher == "lora":
             its = batch["teacher"]
             its = its if batch["index"] is None else its[batch["index"]]
-            lora.set_weights(llm, lora.select(teachers, its))
+            lora.set_weights(llm, rows_of(teachers, its))
         # Or another LLM.
         llm = llm if teacher_llm is None else teacher_llm
         with t5.headless(llm):
@@ -326,7 +326,7 @@ def losses(tagi, batch, teachers, teacher_llm, options, n_tokens, n_tasks):
         terms["kl"] = kl / n_tokens
         loss = loss + options.lambda_kl * terms["kl"]
     if aligns(options):
-        its_teachers = lora.select(teachers, batch["teacher"])
+        its_teachers = rows_of(teachers, batch["teacher"])
         weighted, ins = instruction_loss(adapter.weights, its_teachers, options.alignment,
                                          options.lambda_ins)
         terms["ins"] = ins.sum() / n_tasks
@@ -380,9 +380,12 @@ def train(options, run):
     run.begin(path)
     if run.rank == 0 and tasks is not None:
         data.write_training_tasks(run.folder, tasks)
+    parameters, optimizer, run.saved = optim.deal_out(parameters, optimizer, options,
+                                                      [tagi.llm, teacher_llm], tagi)
 
-    def save(folder, step, finished, optimizer=optimizer):
-        common.save_checkpoint(folder, run.record(), parameters, optimizer, step, finished)
+    def save(folder, step, finished, optimizer=run.saved):
+        weights = run.saved.weights
+        common.save_checkpoint(folder, run.record(), weights, optimizer, step, finished)
 
     for step in range(start, options.steps):
         lr = optim.learning_rate(options, step)

@@ -24,7 +24,7 @@ import config
 import data
 import lora
 import t5
-from bench import curriculum, optim, records, sample, terminal
+from bench import curriculum, optim, records, sample, shard, terminal
 from bench.folders import remove_groups, save_step, sweep, teacher_folder
 from bench.runs import Log, Run
 from bench.teachers import (find_progress, load_rows, load_start, row_norms, save_record,
@@ -99,11 +99,10 @@ def instructed_batch(draws, tokenizer, options):
 
 # ----------------------------------------------------------- base, meta, lora-all: all ranks train
 
-def train_together(run, llm, parameters, deal, make_batch, save, path=None, tasks=None,
-                   restart=0.0):
+def train_together(run, llm, parameters, deal, make_batch, save, path=None, tasks=None, restart=0):
     """Train parameters, {name: tensor}, on make_batch(deal(step, micro)) -> (ids, mask, labels).
 
-    save(optimizer, folder, step, finished) writes a checkpoint; path: where the LLM came from;
+    save(weights, optimizer, folder, step, finished) writes a checkpoint; path: of the LLM;
     tasks: those that are dealt; restart: as in `optim.learning_rate`.
     """
     options = run.options
@@ -114,7 +113,8 @@ def train_together(run, llm, parameters, deal, make_batch, save, path=None, task
     run.begin(path)
     if run.rank == 0 and tasks is not None:
         data.write_training_tasks(run.folder, tasks)
-    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+    parameters, optimizer, run.saved = optim.deal_out(parameters, optimizer, options, [llm])
+    autocast = shard.autocast(options)
 
     for step in range(start, options.steps):
         lr = optim.learning_rate(options, step, restart)
@@ -147,20 +147,20 @@ def train_together(run, llm, parameters, deal, make_batch, save, path=None, task
         optimizer.zero_grad(set_to_none=True)
 
         # Log, save when due, leave after a Ctrl-C.
-        run.after_step(step + 1, lr, {"loss": total}, stopping,
-                       lambda *at, optimizer=optimizer: save(optimizer, *at), norm, n_tokens)
+        run.after_step(step + 1, lr, {"loss": total}, stopping, lambda *at, optimizer=run.saved:
+                       save(run.saved.weights, optimizer, *at), norm, n_tokens)
     run.end()
 
 
 def train_llm(run, llm, tokenizer, deal, make_batch, **kwargs):
     """Train all weights of the LLM."""
     # train(): dropout as the checkpoint's config has it.
-    llm.to(run.options.device).train()
+    llm.to(shard.home(run.options)).train()
     if run.options.checkpointing:
         t5.checkpoint_blocks(llm)
 
-    def save(optimizer, folder, step, finished):
-        t5.save_llm(folder, run.record(), llm, tokenizer, optimizer, step, finished)
+    def save(weights, optimizer, folder, *at):
+        t5.save_llm(folder, run.record(), llm, tokenizer, optimizer, *at, weights=weights)
 
     train_together(run, llm, dict(llm.named_parameters()), deal, make_batch, save, **kwargs)
 
@@ -169,7 +169,7 @@ def train_meta(options, run):
     """The LLM on all training tasks, mixed, with the instruction in its input."""
     path = t5.base_path(options, run.found)
     # Weights in float32; --precision bf16 is autocast's arithmetic.
-    llm, tokenizer = t5.load_llm(path, options.device, attention=options.attention)
+    llm, tokenizer = t5.load_llm(path, shard.home(options), attention=options.attention)
     run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
     tasks = data.training_tasks(options)
     t5.check_knows(tokenizer, data.texts_of(tasks), options.data)
@@ -202,7 +202,7 @@ def train_lora_all(options, run):
     def make_batch(draws, step, micro):
         return instructed_batch(draws, tokenizer, options)
 
-    def save(optimizer, folder, step, finished):
+    def save(parameters, optimizer, folder, step, finished):
         if finished:                            # before the stage calls itself finished
             save_teacher(run.folder, run.record(), "all", weights)
         common.save_checkpoint(folder, run.record(), parameters, optimizer, step, finished)
@@ -217,7 +217,7 @@ def load_frozen_llm(options, run):
     if options.optimizer == "adafactor":
         raise UserError("--optimizer adafactor takes norms over teachers; choose adamw for lora")
     path = t5.llm_path(options, run.found)
-    llm, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
+    llm, tokenizer = t5.load_llm(path, shard.home(options), options.precision, options.attention)
     llm.requires_grad_(False).eval()
     run.found["llm_fingerprint"] = t5.fingerprint(llm)
     run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 import common
+from bench import shard
 
 
 def learning_rate(options, step: int, restart: float = 0.0) -> float:
@@ -116,6 +117,11 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])           # Nesterov's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
+                if shard.is_part(p):            # a matrix is whole for as long as this takes
+                    update = orthogonalize(shard.gather(p, update)[None])[0]
+                    scale = 0.2 * max(update.shape) ** 0.5
+                    p.add_(shard.rows(p, update), alpha=-group["lr"] * scale)
+                    continue
                 n = group["matrices"]
                 for part, its in zip(p.chunk(n), update.chunk(n)):
                     stacks.setdefault(its.shape, []).append((part, its, group["lr"]))
@@ -123,6 +129,55 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalize(torch.stack([update for _, update, _ in rows]))
             for (part, _, lr), update in zip(rows, updates):
                 part.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+
+class Adafactor(torch.optim.Adafactor):
+    """PyTorch's, also for matrices of which each rank holds some rows."""
+
+    @torch.no_grad()
+    def step(self):
+        gradients = {}                          # of parts; what has none is left out by PyTorch's
+        for group in self.param_groups:
+            for p in group["params"]:
+                if shard.is_part(p) and p.grad is not None:
+                    gradients[p], p.grad = p.grad, None
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in gradients:
+                    p.grad = gradients[p]
+                    self.step_rows(p, group)
+
+    def step_rows(self, p, group):
+        """The same arithmetic; what goes over all rows of a matrix is added up over ranks."""
+        g, eps, state = p.grad, group["eps"][0] or torch.finfo(p.dtype).eps, self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            if g.dim() > 1:
+                state["row_var"] = g.new_zeros(*g.shape[:-1], 1)
+                state["col_var"] = g.new_zeros(*g.shape[:-2], 1, g.shape[-1])
+            else:
+                state["variance"] = torch.zeros_like(g)
+        state["step"] += 1
+        step, size = state["step"].item(), p.whole.numel()
+        new = step ** group["beta2_decay"]      # the share of what is new in the averages
+        norm = shard.total(p.square().sum()).sqrt().item()
+        alpha = max(group["eps"][1], norm / size ** 0.5) * min(group["lr"], step ** -0.5)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        # A matrix is dealt out by rows, a stack of matrices (L, a, b) by matrices.
+        one = g.dim() == 2
+        if g.dim() > 1:
+            rows, a = state["row_var"], len(p.whole) if one else g.shape[-2]
+            columns, sums = g.square().sum(-2, keepdim=True), shard.total if one else torch.clone
+            rows.lerp_(g.square().mean(-1, keepdim=True), new)
+            state["col_var"].lerp_(sums(columns) / a, new)
+            mean = sums(rows.sum(-2, keepdim=True)) / a
+            variance = rows @ state["col_var"] / mean.clamp(min=eps)
+        else:
+            variance = state["variance"].lerp_(g.square(), new).clone()
+        update = variance.clamp_(min=eps * eps).rsqrt_().mul_(g)
+        rms = shard.total(update.square().sum()).sqrt().item() / size ** 0.5
+        p.add_(update, alpha=-alpha / max(1.0, rms / group["d"]))
 
 
 def orthogonalize(stack: torch.Tensor) -> torch.Tensor:
@@ -160,7 +215,7 @@ def make_optimizer(parameters: dict, options) -> Optimizers:
     groups = [group for group in groups if group["params"]]
     shared = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "adafactor":
-        return Optimizers(torch.optim.Adafactor(groups, **shared))
+        return Optimizers(Adafactor(groups, **shared))
     adamw = torch.optim.AdamW(groups, betas=(0.9, options.beta2), fused=True, **shared)
     return Optimizers(adamw, Muon(matrices, **shared)) if matrices else Optimizers(adamw)
 
@@ -171,9 +226,14 @@ def clip_gradients(parameters, largest: float) -> float:
     largest 0: they stay as they are.
     """
     parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if not shard.is_part(p)])
+    parts = [p.grad for p in parameters if shard.is_part(p)]
+    if parts:
+        squares = shard.total(torch.nn.utils.get_total_norm(parts).square())
+        norm = (norm.to(squares).square() + squares).sqrt()
     if largest:
-        return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
-    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return float(norm)
 
 
 def sum_gradients(parameters, size: int = 2 ** 26) -> None:
@@ -186,6 +246,9 @@ def sum_gradients(parameters, size: int = 2 ** 26) -> None:
         return
     messages, total = {}, 0                     # number of a message -> its parameters
     for p in parameters:
+        if shard.is_part(p):
+            shard.take_gradient(p)              # fully_shard has added it up
+            continue
         total += p.numel()
         messages.setdefault(total // size, []).append(p)
     for group in messages.values():
@@ -197,3 +260,61 @@ def sum_gradients(parameters, size: int = 2 ** 26) -> None:
             dist.all_reduce(flat)
         for p, gradient in zip(group, flat.split([p.numel() for p in group])):
             p.grad.copy_(gradient.view_as(p))
+
+
+# ------------------------------------------------------------------- checkpoints, with --shard too
+
+class Saved:
+    """What a checkpoint holds of what is trained: `weights`, {name: tensor}, and `state_dict()`.
+
+    gather() makes it: with --shard all ranks call it, and rank 0 then has all that is dealt out.
+    """
+
+    def __init__(self, parameters: dict, optimizer: Optimizers):
+        self.parameters, self.optimizer = parameters, optimizer
+        self.weights, self.state = {}, None
+
+    def gather(self, optimizer: bool = True) -> None:
+        self.weights = {name: whole(p, p) for name, p in self.parameters.items()}
+        if optimizer:
+            self.state = over_state(self.optimizer, self.optimizer.state_dict(), whole)
+
+    def state_dict(self) -> dict:
+        return self.state
+
+
+def deal_out(parameters: dict, optimizer: Optimizers, options, llms, student=None):
+    """(parameters, optimizer, Saved): with --shard this rank's part of them; see `shard.cut`."""
+    if not options.shard:
+        return parameters, optimizer, Saved(parameters, optimizer)
+    parameters = shard.cut(parameters, options, llms, student)
+    new, state = make_optimizer(parameters, options), optimizer.state_dict()
+
+    def rows(p, tensor):
+        return shard.rows(p, tensor).clone() if shard.is_part(p) else tensor
+    if any(its["state"] for its in state["parts"]):         # of a run that goes on
+        new.load_state_dict(over_state(new, state, rows))
+    return parameters, new, Saved(parameters, new)
+
+
+def whole(p, tensor):
+    """A tensor of which each rank has as many rows as of p, on rank 0."""
+    if not shard.is_part(p):
+        return tensor
+    tensor = shard.gather(p, tensor.detach())
+    return tensor.cpu() if dist.get_rank() == 0 else None
+
+
+def over_state(optimizer: Optimizers, state: dict, change) -> dict:
+    """A state_dict like the optimizer's, with change(parameter, tensor) for all that has rows."""
+    parts = []
+    for part, its in zip(optimizer.parts, state["parts"]):
+        parameters, changed = [p for group in part.param_groups for p in group["params"]], {}
+        for n, values in its["state"].items():
+            changed[n] = {}
+            for key, value in values.items():
+                # Of a matrix's columns Adafactor's average has one row, which all ranks have.
+                has_rows = value.dim() and not (key == "col_var" and value.dim() == 2)
+                changed[n][key] = change(parameters[n], value) if has_rows else value
+        parts.append({**its, "state": changed})
+    return {"parts": parts}

@@ -11,7 +11,7 @@ import torch
 import common
 import config
 import t5
-from bench import board, machine, recorded
+from bench import board, machine, recorded, shard
 from bench.folders import (is_ours, publish, remove_groups, remove_ours, save_step, sweep,
                            teacher_folder, writing)
 from bench.watch import Watch
@@ -19,7 +19,7 @@ from common import UserError
 
 # What may differ between the runs that make up a stage: it does not change the result.
 IGNORED = ("config", "fresh", "device", "save_every", "stage", "runs", "teachers_at_once", "keep",
-           "timeout", "on_nan", "validate_every", "tensorboard")
+           "timeout", "on_nan", "validate_every", "tensorboard", "shard")
 
 
 # Stage -> the command that comes after it.
@@ -42,10 +42,12 @@ class Run:
 
     def __init__(self, folder: str, options, rank: int, world: int, digests: dict,
                  ranks_share_a_batch: bool = True):
+        shard.leave_out_where_useless(options, rank)
         self.folder, self.options, self.rank, self.world = folder, options, rank, world
         self.found = {"processes": world} | digests     # beside options; both go to config.yaml
         self.start, self.skipped, self.begun = 0, 0, time.time()
         self.lock = self.validation = None              # a script may set one, bench/validation.py
+        self.saved = None                               # and this, optim.Saved
         if options.tensorboard:
             board.summary_writer()                      # refuses before anything is read
         if not is_ours(folder):
@@ -224,6 +226,7 @@ class Run:
         if not stopping:
             self._validate(step, save)
         if finished or stopping or step % self.options.save_every == 0:
+            self.saved.gather()
             if self.rank == 0:
                 print(f"\nsaving step {step}" if stopping else "", end="", flush=True)
                 save_step(self.folder, step, finished, save)
@@ -238,6 +241,7 @@ class Run:
     def _validate(self, step, save):
         if self.validation is None or not self.validation.after_step(step):
             return
+        self.saved.gather(optimizer=False)
         if self.rank == 0:
             self.validation.keep(step, lambda new: save(new, step, False, optimizer=None))
 

@@ -11,7 +11,7 @@ import common
 import config
 import lora
 import t5
-from bench import recorded
+from bench import recorded, shard
 from bench.folders import remove_ours, teacher_folder, writing
 from common import UserError
 from hypernet import TAGI
@@ -66,6 +66,15 @@ def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: di
     return stacked
 
 
+def rows_of(stacked: lora.Weights, index) -> lora.Weights:
+    """Teachers' weights for a batch, row index[n] for its n-th, from the CPU with --shard."""
+    home = next(iter(stacked.values()))[0].device
+    picked = {}
+    for site, (A, B) in lora.select(stacked, index.to(home)).items():
+        picked[site] = A.to(index.device), B.to(index.device)
+    return picked
+
+
 def load_start(options, run, path, tasks_of):
     """The TAGI of --init-from. Raises UserError where it generates no start for these teachers."""
     if max(map(len, tasks_of.values())) > 1:    # a mean of products B·A is no such product
@@ -105,7 +114,8 @@ def load_kl_teacher(options, run, llm_path, tagi):
     path = t5.meta_path(options, run.found) if is_meta else options.kl_teacher
     if os.path.abspath(path) == os.path.abspath(llm_path):
         return None
-    teacher, tokenizer = t5.load_llm(path, options.device, options.precision, options.attention)
+    teacher, tokenizer = t5.load_llm(path, shard.home(options), options.precision,
+                                     options.attention)
     same_size = teacher.config.vocab_size == tagi.llm.config.vocab_size
     if tokenizer.get_vocab() != tagi.tokenizer.get_vocab() or not same_size:
         raise UserError(f"--kl-teacher {path} has another vocabulary than {llm_path}; choose one "

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import common
 import data
 import t5
-from bench import predictions
+from bench import predictions, shard
 from bench.folders import move_config, new_folder, point, record_in, remove_ours
 from common import UserError, named_file
 
@@ -250,7 +250,7 @@ def of_reader(run, llm, make_batch, training: list, llm_path: str) -> Validation
     options = run.options
     if not options.validate_every:
         return None
-    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+    autocast = shard.autocast(options)
 
     def loss_of(draws):
         ids, mask, labels = make_batch(draws, 0, 0)

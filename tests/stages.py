@@ -151,13 +151,13 @@ def environment() -> dict:
     return env | {"OMP_NUM_THREADS": str(THREADS)}
 
 
-def process(*words, code=0) -> subprocess.CompletedProcess:
+def process(*words, code=0, seconds=120) -> subprocess.CompletedProcess:
     """Run a command in a process of its own from the repository's root, and check its exit code."""
     words = [str(word) for word in words]
     with subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           start_new_session=True) as running:
         try:
-            out, err = running.communicate(timeout=120)
+            out, err = running.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)                          # torchrun's workers too
             raise

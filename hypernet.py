@@ -231,7 +231,7 @@ class TAGI(nn.Module):
         return self.fusion[l](output[0], keys, values, self.active.mask), *output[1:]
 
     def _gain(self, key, output):
-        return output if self.active is None else output * self.norm_gains[key].to(output.dtype)
+        return output if self.active is None else (output * self.norm_gains[key]).to(output.dtype)
 
     def _embed(self, module, args, output):
         if self.active is None:

@@ -6,6 +6,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -91,26 +92,44 @@ class Section:
 class PeakMemory(TorchDispatchMode):
     """Within: bytes of all tensors that operators made and that are in use, now and at most.
 
-    `live` and `peak`. Tensors of FakeTensorMode count as if they were real. What an operator needs
-    only while it runs is not seen.
+    `live` and `peak`. Tensors of FakeTensorMode count as if they were real, and so does what
+    fully_shard empties and fills again. What an operator needs only while it runs is not seen.
     """
 
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
-        self.seen = WeakIdKeyDictionary()
+        self.seen = WeakIdKeyDictionary()       # storage -> [its bytes]
+
+    def __enter__(self):
+        resize, peak = torch.UntypedStorage.resize_, self
+
+        def resize_(storage, size):
+            resize(storage, size)
+            if storage in peak.seen:
+                peak.change(peak.seen[storage], size)
+
+        self.patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
+    def change(self, its, size):
+        self.live += size - its[0]
+        its[0] = size
+        self.peak = max(self.peak, self.live)
 
     def add(self, tensor):
+        if isinstance(tensor, DTensor):         # its rows here are a tensor of their own
+            return
         storage = tensor.untyped_storage()
         if storage not in self.seen:
-            size = storage.nbytes()
-            self.seen[storage] = size
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.free, size)
-
-    def free(self, size):
-        self.live -= size
+            self.seen[storage] = its = [0]
+            self.change(its, storage.nbytes())
+            weakref.finalize(storage, self.change, its, 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})

@@ -27,6 +27,7 @@ torch.set_num_threads(THREADS)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "numbers: compares numbers, so another CPU may differ")
+    config.addinivalue_line("markers", "scripts: of gpu_checks.py, runs stages as their scripts do")
 
 
 KINDS = ("v1.0", "v1.1", "mt5")

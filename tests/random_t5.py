@@ -23,6 +23,7 @@ from bench.listed import replaceable, write_list
 SIZES = {  # d_model, d_ff, layers, heads, d_kv, vocabulary
     "tiny": (64, 128, 2, 4, 16, 593),          # small enough for tests
     "smoke": (64, 128, 2, 4, 16, 8000),
+    "small": (512, 1024, 8, 6, 64, 32128),
     "base": (768, 2048, 12, 12, 64, 32128),
     "large": (1024, 2816, 24, 16, 64, 32128),
     "xl": (2048, 5120, 24, 32, 64, 32128),

@@ -59,7 +59,7 @@ def options_of_stages(argv, options) -> dict:
     found, sections = {}, config.read_config(options.config)
     for stage in (*train_teacher.STAGES, *scripts):
         section = stage.replace("-", "_")
-        if section not in sections:
+        if section not in sections and stage != "evaluate":
             continue
         script = scripts.get(stage, train_teacher)
         its = config.parse(add_own_options(script.parser()), section, argv)
@@ -318,7 +318,7 @@ def check(argv, options) -> list[str]:
     """Print all tables; what keeps a stage from starting, a line each."""
     problems = []
     stages = options_of_stages(argv, options)
-    if not stages:
+    if set(stages) == {"evaluate"}:
         raise UserError(f"{options.config} has no section for a stage, so nothing is trained by it")
     teachers = TEACHERS[options.format]
     if options.memory:

@@ -637,13 +637,42 @@ PARTS = {
 }
 
 
+HOW = """## How a run is stopped
+
+Ctrl-C (SIGINT) and SIGTERM, to any of a run's processes, are one question, however often it is asked: the step ends,
+its state is saved, all processes leave together with exit code 130, and the same command goes on. A signal while
+libraries or models load ends the run at once, or at the latest before its first step.
+
+`python -m bench.launch` is torchrun with another end: its options and its code, but it waits as long as a save takes
+(torchrun sends SIGKILL after 30 seconds, and leaves its processes alone at a second signal), it ends with the exit code
+of its processes (130 after a stop, 2 after a mistake of the user's, 1 after a crash) and prints nothing beside their
+lines, except which of them was killed. `--max-restarts 3` starts all again when one crashed or was killed, not after a
+stop or a mistake. On one node it uses 127.0.0.1, so the host's name need not resolve.
+
+`torchrun` itself works too. When a process ends with another code than 0 it prints two lines of log, the traceback of
+its own `ChildFailedError` and a table, some forty lines, and exits with 1. The scripts cannot help that: an exit code
+of 0 would tell the shell that all is done. Give it `--shutdown-timeout 600` (PyTorch 2.13; older ones have no such
+option) and `--local-addr 127.0.0.1`. Processes whose launcher is gone save and leave within a minute.
+
+A batch system's job that is stopped two minutes before its time and queued again:
+
+```bash
+#SBATCH --signal=TERM@120 --requeue --open-mode=append
+srun --ntasks=1 python -m bench.launch --nproc-per-node 8 --max-restarts 3 \\
+    train_hyper.py --stage finetune --config configs/sni-xl.yaml || code=$?
+if [ "${code:-0}" = 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+```
+
+"""
+
+
 def write(name: str, text: str) -> None:
     """Put a part into docs/interruption.md; the others stay."""
     path = ROOT / "docs" / "interruption.md"
     old = path.read_text() if path.is_file() else ""
     page = "# What interrupts a run, and what is lost\n\n" + pages.paragraph(
         "Written by `tests/benchmarks/torture.py`; nothing is to be refused or lost. Runs are those of the tests: tiny",
-        "models, four steps, one thread, forks of one process.") + "\n\n"
+        "models, four steps, one thread, forks of one process.") + "\n\n" + HOW
     for part, (title, words) in PARTS.items():
         its = pages.part_of(old, part)
         if part == name:

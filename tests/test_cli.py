@@ -84,7 +84,7 @@ def test_the_log_keeps_small_terms(finished):
 @pytest.mark.parametrize("steps, every", [(5, 1), (199, 1), (205, 2), (1999, 19), (8007, 20)])
 def test_the_log_has_about_a_hundred_lines_or_one_every_20_steps_and_one_for_the_last(
         tmp_path, steps, every):
-    options = argparse.Namespace(steps=steps, device="cpu")
+    options = argparse.Namespace(steps=steps, device="cpu", tensorboard=False)
     log = Log(str(tmp_path), options, start=0, rank=0)
     for step in range(1, steps + 1):
         log(step, 0.1, {"loss": torch.tensor(1.0)}, 10)

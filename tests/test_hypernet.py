@@ -381,7 +381,7 @@ def test_a_run_whose_optimizer_had_all_in_one_group_goes_on(name, tmp_path):
     trained([2], optimizer, straight)
     options, resumed = start()
     optimizer = optim.make_optimizer(resumed, options)
-    assert common.resume(str(tmp_path), False, resumed, optimizer) == 2
+    assert common.resume(str(tmp_path), resumed, optimizer) == 2
     trained([2], optimizer, resumed)
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
 

@@ -333,7 +333,10 @@ def one_step():
     seen = {}
 
     class Recorder:
-        param_groups = [{}]
+        param_groups, parts = [{}], []
+
+        def state_dict(self):
+            return {"parts": []}
 
         def step(self):
             seen.update({n: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for n, p in self.parameters.items()})

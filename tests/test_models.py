@@ -113,7 +113,7 @@ def teach(folder, llm, group, units, *flags):
     llm.requires_grad_(False)
     lora.inject_lora(llm, ["q", "v"], options.rank, options.alpha)
     run = mock.Mock(folder=str(folder), options=options, rank=0, stop=mock.Mock(asked=0), record=lambda: record)
-    train_teacher.train_group(run, llm, make_tokenizer(), group, units)
+    assert train_teacher.train_group(run, llm, make_tokenizer(), 0, group, units, {}) == []
     return load_teachers(str(folder), group, llm, record, "")
 
 

@@ -299,7 +299,7 @@ def test_flops_count_attention_whatever_code_computes_it(project):
         tagi.llm.set_attn_implementation(attention)
         options = argparse.Namespace(data=str(project.data), runs=str(project.runs), bench="sample", split="validation", eval_instances=5,
                                      allow_missing=False, batch_size=5, max_input=192, max_output=4, meta_model=None, config="",
-                                     model="tiny", device="cpu", precision="fp32")
+                                     model="tiny", device="cpu", precision="fp32", llm=None)
         loaded = evaluate.Loaded(options)
         loaded.tagi = tagi.requires_grad_(False)
         costs = evaluate.measure_costs(loaded, list(report.ROWS), (2,))[2]

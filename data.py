@@ -71,9 +71,9 @@ def load_sni(root: str, split: str = "test", max_instances: int | None = 100, sk
     absent = [file for file in files if not os.path.isfile(file)]
     if absent and not (allow_missing and len(absent) < len(files)):
         names = ", ".join(os.path.basename(file) for file in absent[:3])
-        others = "" if allow_missing else " (or do without: --allow-missing)"
-        raise UserError(f"{len(absent)} tasks of split {split} are not in {root}/tasks: {names[:80]} "
-                        f"…; get them all: {GET_SNI}{others}")
+        others = "" if allow_missing else " (or --allow-missing)"
+        raise UserError(f"{len(absent)} tasks of {split_file(root, split)} have no file in tasks/: "
+                        f"{names[:60]} …; get them: {GET_SNI}{others}")
     there = [file for file in files if file not in absent]
     return [read_task(file, max_instances, skip, shuffle=split == "train") for file in there]
 

@@ -166,7 +166,12 @@ def init_processes(device: str, minutes: float = 30) -> tuple[int, int]:
         patience = datetime.timedelta(minutes=minutes + 2)      # runs.Watch ends it before, by name
         backend = "nccl" if device == "cuda" else "gloo"
         with meeting():
-            dist.init_process_group(backend, timeout=patience)
+            store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+            # After a restart the launcher's store still holds where the killed ranks were.
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"start-{again}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                    timeout=patience)
     return dist.get_rank(), world
 
 

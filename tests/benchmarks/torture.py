@@ -651,7 +651,7 @@ stop or a mistake. On one node it uses 127.0.0.1, so the host's name need not re
 
 `torchrun` itself works too. When a process ends with another code than 0 it prints two lines of log, the traceback of
 its own `ChildFailedError` and a table, some forty lines, and exits with 1. The scripts cannot help that: an exit code
-of 0 would tell the shell that all is done. Give it `--shutdown-timeout 600` (PyTorch 2.13; older ones have no such
+of 0 would tell the shell that all is done. Give it `--shutdown-timeout 600` (PyTorch 2.13; 2.11 has no such
 option) and `--local-addr 127.0.0.1`. Processes whose launcher is gone save and leave within a minute.
 
 A batch system's job that is stopped two minutes before its time and queued again:

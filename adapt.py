@@ -58,7 +58,7 @@ def parser():
         help="file with an input a line; -: standard input, answered line by line; default: none")
     add("--instructions", type=config.path,
         help="file of JSON lines: instruction, input, [demonstrations]; default: none")
-    add("--batch-size", type=config.many, 
+    add("--batch-size", type=config.many,
         help="inputs answered at a time; default: 32, and 1 for --inputs -")
     add = p.add_argument_group("answers, files").add_argument
     add("--choices",

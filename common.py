@@ -126,15 +126,15 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_yaml(path: str, values: dict) -> None:
-    _atomically(path, lambda path: write_text(path, yaml.safe_dump(values, sort_keys=False)))
+    write_atomically(path, lambda path: write_text(path, yaml.safe_dump(values, sort_keys=False)))
 
 
 def save_tensors(path: str, tensors: dict, metadata: dict | None = None) -> None:
     tensors = {name: p.detach().contiguous().cpu() for name, p in tensors.items()}
-    _atomically(path, lambda path: save_file(tensors, path, metadata))
+    write_atomically(path, lambda path: save_file(tensors, path, metadata))
 
 
-def _atomically(path: str, write) -> None:
+def write_atomically(path: str, write) -> None:
     write(path + ".tmp")
     flush(path + ".tmp")
     os.umask(umask := os.umask(0))                      # the only way to read it
@@ -217,6 +217,14 @@ def gather_over_ranks(value) -> list:
     with meeting():
         dist.all_gather_object(values, value)
     return values
+
+
+def differences(ours: dict):
+    """Yield (rank, key, its value) where a rank's value is not this one's; all ranks call it."""
+    for rank, theirs in enumerate(gather_over_ranks(ours)):
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                yield rank, key, theirs.get(key)
 
 
 def wait_for_all_ranks() -> None:
@@ -318,7 +326,7 @@ def save_checkpoint(folder: str, record: dict, weights: dict, optimizer=None, st
     if optimizer is not None:
         state = optimizer if isinstance(optimizer, dict) else optimizer.state_dict()
         state = {"optimizer": state, "step": step}
-        _atomically(f"{folder}/optimizer.pt", lambda path: torch.save(state, path))
+        write_atomically(f"{folder}/optimizer.pt", lambda path: torch.save(state, path))
     flush(folder)
     write_yaml(f"{folder}/config.yaml", record | {"step": step, "finished": finished})
     flush(folder)

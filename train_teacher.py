@@ -421,11 +421,11 @@ STAGES = {"base": train_base, "meta": train_meta, "lora": train_lora, "lora-all"
 @common.command
 @terminal.printing
 def main(argv=None):
-    stages = stages_of(argv)
-    for stage in stages:                        # before the first of them is trained
-        check_stage(config.parse(parser(), stage.replace("-", "_"), argv), stage)
-    for stage in stages:
-        options = config.parse(parser(), stage.replace("-", "_"), argv)
+    of_stages = {}                              # stage -> its options, all before one is trained
+    for stage in stages_of(argv):
+        options = of_stages[stage] = config.parse(parser(), stage.replace("-", "_"), argv)
+        check_stage(options, stage)
+    for stage, options in of_stages.items():
         options.stage = stage
         if stage == "lora-all":
             options.unit = "all"

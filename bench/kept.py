@@ -14,7 +14,7 @@ import sys
 
 import common
 from bench import machine, predictions, report
-from bench.records import read_json_lines
+from bench.records import read_json, read_json_lines
 from bench.report import say, write_file
 from bench.watch import Watch
 from common import UserError
@@ -59,16 +59,10 @@ def read_mark(path: str) -> dict:
     keys = MARKS[os.path.basename(path)][0]
     with contextlib.suppress(UserError):
         if os.path.isfile(path):
-            record = common.read_yaml(path, "") if path.endswith("yaml") else read_json(path)
-            if keys <= record.keys():
+            record = common.read_yaml(path, "") if path.endswith("yaml") else read_json(path, "")
+            if isinstance(record, dict) and keys <= record.keys():
                 return record
     return {}
-
-
-def read_json(path: str) -> dict:
-    with common.named_file(path, OTHER), open(path, encoding="utf-8") as f:
-        record = json.load(f)
-    return record if isinstance(record, dict) else {}
 
 
 def check_ours(folder: str, marks=tuple(MARKS)) -> None:
@@ -171,11 +165,9 @@ class Kept:
 
     def _compare_ranks(self) -> None:
         """Raises UserError where the ranks read different things."""
-        for rank, theirs in enumerate(common.gather_over_ranks(self.sources)):
-            for key in sorted(self.sources.keys() | theirs.keys()):
-                if theirs.get(key) != self.sources.get(key):
-                    raise UserError(f"rank {rank} has another {QUESTION.get(key, key)} than rank "
-                                    f"{self.rank}; give all the same options, data and models")
+        for rank, key, _ in common.differences(self.sources):
+            raise UserError(f"rank {rank} has another {QUESTION.get(key, key)} than rank "
+                            f"{self.rank}; give all the same options, data and models")
 
     def _prepare(self) -> None:
         """Put leftovers of several processes together; set aside what other models predicted."""

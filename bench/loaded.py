@@ -1,7 +1,6 @@
 """What an evaluation is made of: its tasks and models, each loaded when a row first needs it."""
 import argparse
 import functools
-import json
 import os
 
 import common
@@ -144,10 +143,7 @@ class Loaded:
             path = f"{model}/training_tasks.json"
             if not os.path.isfile(path):        # a step's folder is in that of its stage
                 path = os.path.join(os.path.dirname(os.path.abspath(model)), "training_tasks.json")
-            if o.split == "train" or not os.path.isfile(path):
-                continue
-            with common.named_file(path, "train this stage again"), open(path) as f:
-                known = predictions.known_tasks(names, json.load(f))
+            known = predictions.known_to(path, names) if o.split != "train" else []
             if known:
                 raise UserError(f"{model} was trained on {len(known)} of the {len(self.tasks)} "
                                 f"{o.split} tasks in {o.data}: {', '.join(known[:3])} …; evaluate "

@@ -134,6 +134,15 @@ def known_tasks(tasks: dict, trained_on: dict) -> list[str]:
             if plain(name) in names or definition in definitions]
 
 
+def known_to(path: str, tasks: dict) -> list[str]:
+    """`known_tasks` of a model's training_tasks.json; none where it is not there: one of others."""
+    if not os.path.isfile(path):
+        return []
+    remedy = "train this stage again"
+    with common.named_file(path, remedy):
+        return known_tasks(tasks, records.read_json(path, remedy))
+
+
 def likeliest(pairs, scores) -> list[str]:
     """Of each (task, instance) pair's choices the one with the highest score, the first of equals.
 

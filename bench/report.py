@@ -87,7 +87,7 @@ def say(text: str) -> None:
 def write_file(path: str, text: str) -> None:
     """Write the file, whole or not at all. Raises UserError where that cannot be."""
     with common.named_file(path, "make room there, or choose another --out", "written"):
-        common._atomically(path, lambda unfinished: common.write_text(unfinished, text))
+        common.write_atomically(path, lambda unfinished: common.write_text(unfinished, text))
 
 
 def tables(results: dict) -> str:

@@ -175,11 +175,9 @@ class Run:
     def _compare_ranks(self) -> None:
         """Raises UserError where the ranks read different things."""
         ours = vars(self.options) | self.found
-        for rank, theirs in enumerate(common.gather_over_ranks(ours)):
-            for key in sorted(ours.keys() | theirs.keys()):
-                if ours.get(key) != theirs.get(key):
-                    raise UserError(f"rank {rank} has {key} {theirs.get(key)}, rank {self.rank} has "
-                                    f"{ours.get(key)}; give all the same options, data and LLM")
+        for rank, key, theirs in common.differences(ours):
+            raise UserError(f"rank {rank} has {key} {theirs}, rank {self.rank} has "
+                            f"{ours.get(key)}; give all the same options, data and LLM")
 
     def _describe(self) -> None:
         """run.yaml: how each run in this folder was started, on what; it marks the folder as ours."""
@@ -364,5 +362,4 @@ def forget_steps_after(step: int, path: str) -> None:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):           # the last one, cut off
                 pass
-    common.write_text(f"{path}.tmp", "".join(kept))
-    os.replace(f"{path}.tmp", path)
+    common.write_atomically(path, lambda new: common.write_text(new, "".join(kept)))

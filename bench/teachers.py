@@ -36,11 +36,12 @@ def save_record(run, step: int = 0, finished: bool = False) -> None:
         common.save_checkpoint(run.folder, run.record(), {}, step=step, finished=finished)
 
 
-def check_teachers(folder: str, teachers: list[str], expected: dict, command: str) -> None:
-    """Raises UserError where a teacher is not there or not finished, or not as expected.
+def check_teachers(folder: str, teachers: list[str], expected: dict, command: str) -> list[dict]:
+    """Each teacher's record. Raises UserError where one is not there, finished or as expected.
 
     expected: the llm_fingerprint, rank and alpha that are needed; command: what trains teachers.
     """
+    records = []
     for teacher in teachers:
         path = teacher_folder(folder, teacher)
         if not common.is_finished(path):
@@ -48,6 +49,8 @@ def check_teachers(folder: str, teachers: list[str], expected: dict, command: st
         record = vars(recorded.load_options(path, ("llm_fingerprint",)))
         config.check_fits(expected, path, record, ("rank", "alpha"),
                           "the frozen LLM's folder", f"train again: {command} --fresh")
+        records.append(record)
+    return records
 
 
 def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: dict,
@@ -57,11 +60,11 @@ def load_teachers(folder: str, teachers: list[str], llm: nn.Module, expected: di
     expected: as for `check_teachers`, and the digests of what they are to have read. Raises
     UserError as that does, and where one is for other projections or read something else.
     """
-    check_teachers(folder, teachers, expected, command)
+    records = check_teachers(folder, teachers, expected, command)
     stacked = lora.init_weights(llm, expected["rank"], 0, len(teachers))
-    for n, teacher in enumerate(teachers):
+    for n, (teacher, record) in enumerate(zip(teachers, records)):
         path = teacher_folder(folder, teacher)
-        common.check_digests(expected, path, vars(recorded.load_options(path)))
+        common.check_digests(expected, path, record)
         common.load_weights(lora.flatten(lora.select(stacked, n)), path)
     return stacked
 
@@ -158,9 +161,9 @@ def load_rows(sources: list[tuple], parameters: dict, optimizer) -> None:
         if folder not in files:
             with common.named_file(f"{folder}/model.safetensors", "start over with --fresh"):
                 weights = load_file(f"{folder}/model.safetensors")
+            common.check_finite(weights, f"{folder} is not loaded")
             files[folder] = weights, common.load_optimizer(folder, step)
         weights, state = files[folder]
-        common.check_finite(weights, f"{folder} is not loaded")
         with common.named_file(folder, "start over with --fresh"), torch.no_grad():
             for name, p in parameters.items():
                 p[u].copy_(weights[name] if row is None else weights[name][row])

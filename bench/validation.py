@@ -7,7 +7,6 @@ So what is trained is the same, bit for bit, with and without it, and on any num
 import contextlib
 import dataclasses
 import glob
-import json
 import math
 import os
 import shutil
@@ -21,7 +20,7 @@ import data
 import t5
 from bench import predictions, shard
 from bench.folders import move_config, new_folder, point, record_in, remove_ours
-from common import UserError, named_file
+from common import UserError
 
 SEED = 0            # of the draw of examples: not the run's, so that runs of several seeds compare
 EXAMPLES = 256      # of all validation tasks together, about as many of each
@@ -54,11 +53,8 @@ def validation_tasks(options) -> list[data.Task]:
 
 def check_unseen(tasks: list[data.Task], folder: str) -> None:
     """Raises UserError where the model in `folder` was trained on one of these tasks."""
-    path = f"{folder}/training_tasks.json"
-    if not os.path.isfile(path):                # a checkpoint of others
-        return
-    with named_file(path, "train this stage again"), open(path, encoding="utf-8") as f:
-        known = predictions.known_tasks(data.names_and_definitions(tasks), json.load(f))
+    names = data.names_and_definitions(tasks)
+    known = predictions.known_to(f"{folder}/training_tasks.json", names)
     if known:
         raise UserError(f"{folder} was trained on {len(known)} of the {len(tasks)} validation "
                         f"tasks: {', '.join(known[:2])[:90]} …; train it again with the same "

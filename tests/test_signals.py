@@ -82,7 +82,7 @@ def launched(tmp_path, monkeypatch, capfd):
     script, there = tmp_path / "rank.py", tmp_path / "there"
     script.write_text(RANK)
     there.mkdir()
-    hangup = signal.getsignal(signal.SIGHUP)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)                   # nohup's children ignore it
 
     def run(what, *words, flags=(), send=()):
         monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -10,6 +10,7 @@ import tempfile
 from safetensors import SafetensorError
 
 import common
+from bench import machine
 from common import UserError
 
 # ----------------------------------------------------------------------------- what the disk refuses
@@ -24,7 +25,7 @@ def writing(folder: str):
             raise
         path = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder
         raise UserError(f"{path} cannot be written: {reason_of(error)}; make room, or move away what "
-                        "is there; what was saved is as it was: run the same command again") from None
+                        f"is there; what was saved is as it was: {machine.again()}") from None
 
 
 def in_one_line(function):
@@ -119,7 +120,7 @@ def save_step(folder: str, step: int, finished: bool, write) -> None:
     if not os.path.isfile(f"{target}/config.yaml"):     # else it was killed just after this
         kept = common.checkpoint_of(folder)
         kept = f"{kept} is as it was" if kept else "there is no checkpoint yet"
-        remedy = f"make room there; {kept}; then run the same command again"
+        remedy = f"make room there; {kept}; then {machine.again()}"
         with new_folder(target, remedy) as unfinished:
             write(unfinished, step, finished)
             move_config(unfinished, unfinished, folder, target)

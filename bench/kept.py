@@ -216,7 +216,7 @@ class Kept:
     def append(self, records: list[dict]) -> None:
         """Write a batch's predictions: they are in the file when this returns."""
         text = "".join(json.dumps(record) + "\n" for record in records).encode()
-        remedy = "make room, and run the same command again to go on"
+        remedy = f"make room, and {machine.again()} to go on"
         with common.named_file(self.own, remedy, "written"):
             while text:                         # a full disk takes a part of it
                 text = text[self.file.write(text):]
@@ -263,7 +263,7 @@ def stoppable(options, rank: int):
             kept = "nothing was predicted yet"
             if options.out and os.path.isfile(f"{options.out}/predictions.jsonl"):
                 kept = f"what was predicted is in {options.out}"
-            say(f"\nstopped; {kept}: run the same command again to go on")
+            say(f"\nstopped; {kept}: {machine.again()} to go on")
         sys.exit(130)
 
 

@@ -13,14 +13,21 @@ import torch
 import common
 
 
-def command_line() -> str:
-    """The command that this process was started by."""
+def command_line(going_on: bool = False) -> str:
+    """The command that this process was started by, or one that goes on with what it began."""
     words = ["python", *sys.argv]
+    if going_on:
+        words = [word for word in words if word != "--fresh"]       # it would start over
     world = common.launched_processes()
     if world > 1:
         local = os.environ.get("LOCAL_WORLD_SIZE", world)
         words[1:1] = ["-m", "bench.launch", "--nproc-per-node", str(local)]
     return shlex.join(words)
+
+
+def again() -> str:
+    """How an error line or a stop says what goes on with a run."""
+    return "run the same command again" + (", without --fresh," if "--fresh" in sys.argv else "")
 
 
 def hardware(device: str) -> dict:

@@ -189,7 +189,8 @@ class Run:
                      "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                      "versions": machine.versions()} | machine.hardware(self.options.device))
         with writing(path):
-            common.write_yaml(path, {"go_on_with": machine.command_line(), "runs": runs})
+            told = {"go_on_with": machine.command_line(going_on=True), "runs": runs}
+            common.write_yaml(path, told)
 
     def is_finite(self, step: int, loss: torch.Tensor, norm: float, dealt) -> bool:
         """Whether this step, counted from 0, may be taken: loss and gradient norm are finite.
@@ -250,7 +251,7 @@ class Run:
             return
         self.log.close()
         if self.rank == 0:
-            print(f"\nstopped after step {step}; {self.folder} is saved: run the same command again "
+            print(f"\nstopped after step {step}; {self.folder} is saved: {machine.again()} "
                   f"to go on (run.yaml there has it)", flush=True)
         sys.exit(130)
 

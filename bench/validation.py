@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import common
 import data
 import t5
-from bench import predictions, shard
+from bench import machine, predictions, shard
 from bench.folders import move_config, new_folder, point, record_in, remove_ours
 from common import UserError
 
@@ -211,7 +211,7 @@ class Validation:
         if os.path.lexists(target) and self._loss_of_best(target) is None:
             remove_ours(target)                 # of other examples
         if not os.path.lexists(target):         # else it was killed just after this
-            remedy = "make room there, and run the same command again"
+            remedy = f"make room there, and {machine.again()}"
             with new_folder(target, remedy) as new:
                 save(new)
                 move_config(new, new, folder, target)

@@ -7,7 +7,7 @@ import time
 import torch.distributed as dist
 
 import common
-from bench import early
+from bench import early, machine
 
 
 class Watch:
@@ -70,7 +70,7 @@ class Watch:
         if self.rank == min(others, default=0):
             names = ", ".join(map(str, silent))
             os.write(2, f"\nerror: rank {names} of {self.world} did nothing for {self.minutes:g} "
-                        "minutes (--timeout); run the same command again to go on\n".encode())
+                        f"minutes (--timeout); {machine.again()} to go on\n".encode())
         os._exit(1)
 
     def wait_for_all(self) -> None:

@@ -242,6 +242,18 @@ def test_run_yaml_tells_how_each_run_in_a_folder_was_started_and_on_what(finishe
     assert project.record("pretrain")["seconds"] > 0
 
 
+def test_what_is_told_to_go_on_with_a_run_does_not_start_it_over(finished, tmp_path, monkeypatch, capsys):
+    project = finished.copy(tmp_path / "runs", ["meta"])
+    monkeypatch.setattr("sys.argv", ["train_hyper.py", "--stage", "pretrain", "--fresh", "--steps=4"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 2, interrupt)
+        project.run("pretrain", "--fresh", "--steps=4")
+    assert "run the same command again, without --fresh, to go on" in capsys.readouterr().out
+    told = yaml.safe_load((project.runs / "pretrain" / "run.yaml").read_text())
+    assert told["go_on_with"] == "python train_hyper.py --stage pretrain --steps=4"
+    assert "--fresh" in told["runs"][0]["command"]
+
+
 # --------------------------------------------------------------------------------------------- processes
 
 def test_a_cluster_that_sets_world_size_for_a_single_process_changes_nothing(monkeypatch):

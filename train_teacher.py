@@ -47,9 +47,7 @@ def parser():
     add("--init-from", type=config.beside,
         help="folder of a TAGI: each teacher starts from the LoRA weights (alone, without fusion) "
              "that it generates for the definition of its one task; default: from random ones")
-    add = p.add_argument_group("meta").add_argument
-    add("--curriculum", default=False, **config.flag,
-        help="for a T5 made from nothing: easy tasks first, demonstrations last")
+    curriculum.add_options(p)
     return p
 
 
@@ -410,7 +408,8 @@ def train_base(options, run):
         labels, _ = data.pad([rest + [eos] for _, rest in rows], data.IGNORE, options.device)
         return ids, mask, labels
 
-    train_llm(run, t5.tiny_t5(len(tokenizer), options.seed), tokenizer, deal, make_batch)
+    llm = t5.tiny_t5(len(tokenizer), options.seed, **curriculum.size_of(options))
+    train_llm(run, llm, tokenizer, deal, make_batch)
 
 
 # ------------------------------------------------------------------------------------------ main

@@ -16,11 +16,13 @@ import sys
 import warnings
 from collections import Counter
 
+import torch
+
 import common
 import config
 import data
 import t5
-from bench import memory, p3, predictions, records, sample, terminal
+from bench import curriculum, memory, p3, predictions, records, sample, terminal
 from common import UserError
 
 EDGES = (8, 16, 32, 64, 128, 256, 512, 1024)    # of the histogram, tokens
@@ -292,8 +294,10 @@ def check_memory(stages: dict, options, tokenizer, teachers: int) -> None:
     """Print what each stage needs."""
     path = llm_of(options)
     if path == "tiny":
-        llm, source = t5.tiny_t5(len(tokenizer), 0), "the tiny T5"
-        llm = llm.requires_grad_(False).eval().to("meta")
+        size = curriculum.size_of(stages["base"]) if "base" in stages else {}
+        with torch.device("meta"):
+            llm, source = t5.tiny_t5(len(tokenizer), 0, **size), "the tiny T5"
+        llm.requires_grad_(False).eval()
     else:
         llm, source = memory.empty_llm(path, options.attention)
     rows = {}

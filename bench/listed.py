@@ -16,14 +16,18 @@ def write_list(folder: str) -> None:
 
 
 def digests(folder: str) -> dict:
-    """{path below the folder: its file's digest}; a link and an empty folder have none."""
+    """{path below the folder: its file's digest, or where a link points to, hashed}.
+
+    An empty folder has none.
+    """
     found = {}
     for above, folders, files in os.walk(folder):
         for name in [*folders, *files, "."]:
             path = Path(above, name)
             where = str(path.relative_to(folder))
             if path.is_symlink():
-                found[where] = "link"
+                target = hashlib.sha256(os.fsencode(os.readlink(path))).hexdigest()
+                found[where] = "link " + target[:59]
             elif path.is_file():
                 with open(path, "rb") as f:
                     found[where] = hashlib.file_digest(f, "sha256").hexdigest()
@@ -52,7 +56,8 @@ def replaceable(folder: str, is_own_name=None) -> str:
         if known is None:
             others = []
             for name, digest in found.items():
-                if is_own_name is None or not is_own_name(name) or len(digest) < 64:
+                is_file = len(digest) == 64 and not digest.startswith("link")
+                if is_own_name is None or not is_own_name(name) or not is_file:
                     others.append(name)
         else:
             lines = Path(real, LIST).read_text(encoding="utf-8").splitlines()

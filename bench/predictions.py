@@ -126,12 +126,14 @@ def known_tasks(tasks: dict, trained_on: dict) -> list[str]:
 
     A name counts without its number (task061_…), which is another one in a suite of another seed.
     """
-    def plain(name):
-        return re.sub(r"^task\d+_", "", name)
-
-    names, definitions = set(map(plain, trained_on)), set(trained_on.values())
+    names, definitions = set(map(plain_name, trained_on)), set(trained_on.values())
     return [name for name, definition in tasks.items()
-            if plain(name) in names or definition in definitions]
+            if plain_name(name) in names or definition in definitions]
+
+
+def plain_name(name: str) -> str:
+    """A task's name without its number."""
+    return re.sub(r"^task\d+_", "", name)
 
 
 def known_to(path: str, tasks: dict) -> list[str]:

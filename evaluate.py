@@ -28,7 +28,7 @@ import config
 import data
 import lora
 import t5
-from bench import cost, kept, machine, p3, predictions, probe, report, sample, terminal
+from bench import ablations, cost, kept, machine, p3, predictions, probe, report, sample, terminal
 from bench.kept import Kept
 from bench.loaded import Loaded
 from bench.predictions import HEURISTICS
@@ -100,6 +100,9 @@ def answerer(loaded, row, demos, tasks, limits):
             return student(loaded, instructed(loaded, row, demos, tasks), tasks, limits)
         case "meta" | "meta_unseen_wording":
             return reader(loaded, demos, limits, llm=loaded.llm(t5.meta_path(loaded.options)))
+        case "meta_shuffled":
+            llm = loaded.llm(t5.meta_path(loaded.options))
+            return reader(loaded, demos, limits, llm=llm, givers=loaded.givers)
         case "no_finetuning":
             return reader(loaded, demos, limits, llm=loaded.llm(t5.base_path(loaded.options)))
         case "no_instruction":
@@ -149,10 +152,11 @@ def student(loaded, adapters, tasks, limits):
     return answer
 
 
-def reader(loaded, demos, limits, llm=None, teachers=None):
+def reader(loaded, demos, limits, llm=None, teachers=None, givers=None):
     """An LLM that reads the instruction with every input; demos None: the input alone.
 
     llm: None for the frozen one. teachers: LoRA weights for it, stacked, and {task: their row}.
+    givers: {task: the one whose instruction is read}; None: its own.
     """
     def answer(pairs):
         weights, items = None, []
@@ -165,8 +169,9 @@ def reader(loaded, demos, limits, llm=None, teachers=None):
             if demos is None:
                 items.append(("", [], x.input))
             else:
+                giver = givers[task.name] if givers else task
                 text = x.prompt or x.input
-                items.append((task.definitions[0], task.demonstrations[:demos], text))
+                items.append((giver.definitions[0], giver.demonstrations[:demos], text))
         return ask(loaded, items, pairs, limits, llm, weights)
     return answer
 
@@ -350,7 +355,7 @@ def main(argv=None):
         if common.launched_processes() > 1:
             raise UserError("--rescore and --ablations need one process: python evaluate.py")
         if options.ablations:
-            return report.tell_ablations(options.runs, options.split)
+            return ablations.tell(options.runs, options.split)
         return kept.rescore(options)
     config.refuse(argv, config.OF_A_CHECKPOINT, "an evaluation takes it from the checkpoint")
     if not config.given(argv, ["llm"]):

@@ -23,7 +23,7 @@ UNSEEN_WORDING = {"tagi_unseen_wording", "meta_unseen_wording"}
 NOT_FOR = {                                     # --bench -> rows that it does not have
     "sample": set(),
     "sni": UNSEEN_WORDING,
-    "p3": UNSEEN_WORDING | HEURISTICS | {"teachers"},
+    "p3": UNSEEN_WORDING | HEURISTICS | {"teachers", "meta_shuffled"},  # a prompt has its own
 }
 
 # ------------------------------------------------------------ which benchmark, which rows there are
@@ -64,12 +64,14 @@ def chosen_rows(loaded, has_unseen_wording: bool) -> list[str]:
             raise UserError(f"--rows: {row} is no row of --bench {options.bench}")
     wanted = asked
     if not asked:
-        left_out = {"no_finetuning"} if options.bench == "sample" else set(NOT_FOR[options.bench])
+        left_out = set(NOT_FOR[options.bench])
+        if options.bench == "sample":                   # its table is printed by the quick start
+            left_out = {"no_finetuning", "meta_shuffled"}
         if not has_unseen_wording:
             left_out |= UNSEEN_WORDING
         wanted = [row for row in ROWS if row not in left_out]
     for row, reason in impossible_rows(loaded, wanted).items():
-        if (row in asked and row != "tagi_shuffled") or wanted == [row]:
+        if (row in asked and not row.endswith("_shuffled")) or wanted == [row]:
             raise UserError(f"the row {row} cannot be made: {reason}")
         if row in wanted:
             wanted = [x for x in wanted if x != row]
@@ -90,7 +92,8 @@ def impossible_rows(loaded, wanted: list[str]) -> dict:
         except UserError as error:              # the tiny T5 of --meta-model was not started here
             reasons["no_finetuning"] = str(error)
     if len(loaded.tasks) == 1:
-        reasons["tagi_shuffled"] = "there is one task only, none to take an instruction from"
+        reason = "there is one task only, none to take an instruction from"
+        reasons |= {"tagi_shuffled": reason, "meta_shuffled": reason}
     folder, _, command = loaded.teachers_of("meta_lora")
     if not os.path.isdir(folder):
         reasons["meta_lora"] = f"first run {command}"
@@ -199,7 +202,7 @@ def sources_of(loaded, wanted) -> dict:
         # By its stage's place, which is the same where runs were moved, and at a later step.
         stage = re.sub(r"/step-\d+$", "", os.path.realpath(loaded.checkpoint))
         sources["model"] = os.path.relpath(stage, os.path.realpath(o.runs))
-    if {"meta", "meta_unseen_wording"} & set(wanted):
+    if {"meta", "meta_shuffled", "meta_unseen_wording"} & set(wanted):
         sources["meta"] = t5.weights_digest(t5.meta_path(o))
     if "no_finetuning" in wanted:
         sources["base"] = t5.weights_digest(t5.base_path(o))

@@ -21,6 +21,7 @@ ROWS = {                                                # key -> what the tables
     "tagi_unseen_wording": "TAGI, unseen wording",
     "meta_unseen_wording": "meta-trained, unseen wording",
     "meta": "meta-trained, instruction in input",
+    "meta_shuffled": "meta-trained, shuffled instruction",
     "meta_lora": "meta-trained with one LoRA",
     "no_finetuning": "no finetuning, instruction in input",
     "no_instruction": "frozen LLM, no instruction",
@@ -28,6 +29,8 @@ ROWS = {                                                # key -> what the tables
     "copy_input": "copy the input",
     "copy_demo": "copy the first demonstration's output",
 }
+DIFFERENCES = [                                         # rows, the second taken from the first
+    ("tagi", "tagi_shuffled"), ("tagi", "meta_lora"), ("tagi", "meta"), ("meta", "meta_shuffled")]
 SETTINGS = {0: "Def", 2: "Def + 2 Pos"}                 # demonstrations -> the paper's word
 TITLES = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
 
@@ -42,6 +45,7 @@ def score(row: str, demos: int | None, records: list[dict], strict: bool) -> dic
     tasks, task_of = np.unique([r["task"] for r in records], return_inverse=True)
     categories, category_of = np.unique([r["category"] for r in records], return_inverse=True)
     result = {"row": row, "demos": demos, "instances": len(records), "tasks": len(tasks)}
+    result["instances_of"] = dict(zip(tasks.tolist(), np.bincount(task_of).tolist()))
     by_task, by_category = {}, {}
     for name, metric in metrics.items():
         values = 100 * np.array([metric(r["prediction"], r["references"]) for r in records])
@@ -93,7 +97,8 @@ def write_file(path: str, text: str) -> None:
 def tables(results: dict) -> str:
     if results["bench"] == "p3":
         return p3_table(results)
-    return main_table(results) + "\n\n" + category_table(results)
+    parts = [main_table(results), difference_table(results), category_table(results)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def write(results: dict, out: str) -> None:
@@ -154,6 +159,12 @@ def settings_of(results: dict) -> list:
     return list(dict.fromkeys(r["demos"] for r in results["results"]))
 
 
+def metrics_of(results: dict) -> tuple[str, str]:
+    """The metrics, the benchmark's own first."""
+    names = ("exact_match", "rouge_l")
+    return names if results["bench"] == "sample" else names[::-1]
+
+
 def coverage(results: dict) -> str:
     """Which tasks the numbers are over; 53/119 where a split's tasks are not all there."""
     if results["split"] == "rescored":
@@ -172,7 +183,7 @@ def main_table(results: dict) -> str:
     """Every setting's rows as Markdown, costs relative to the meta-trained row."""
     suite = results["bench"] == "sample"
     n, unit, digits = (1, "instance", 2) if suite else (100, "task of 100", 0)      # of costs
-    metrics = ("exact_match", "rouge_l") if suite else ("rouge_l", "exact_match")
+    metrics = metrics_of(results)
     head = "| | " + "".join(f"{TITLES[metric]} | 95 % | " for metric in metrics)
     head += f"tasks | ms / {unit} | FLOPs / {unit} | N(t + n·i) |"
     lines = []
@@ -196,6 +207,40 @@ def main_table(results: dict) -> str:
             if r["demos"] == demos:
                 lines.append(f"| {r['row']} | {r['rouge_l']:.1f} |  |  |  | 119 |  | "
                              f"({r['flops_ratio']:.2f}x) |  |")
+    return "\n".join(lines)
+
+
+def difference(first: dict, second: dict, metric: str) -> tuple[float, list[float]]:
+    """(the mean over instances of the first row's score less the second's, its 95 % interval).
+
+    Paired: both rows answer the same tasks, which are drawn anew for the interval.
+    """
+    one, other = first["by_task"][metric], second["by_task"][metric]
+    numbers = first.get("instances_of", {})             # results of earlier code have none
+    counts = np.array([numbers.get(task, 1) for task in one])               # (tasks,)
+    values = np.repeat([one[task] - other[task] for task in one], counts)   # (instances,)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return float(values.mean()), bootstrap_interval(values, owner)
+
+
+def difference_table(results: dict) -> str:
+    """Differences between rows, for every setting, as Markdown; "" where there are no two rows."""
+    metrics = metrics_of(results)
+    lines = []
+    for demos in settings_of(results):
+        rows = {r.get("key"): r for r in results["results"] if r["demos"] == demos}
+        pairs = [(rows[a], rows[b]) for a, b in DIFFERENCES if a in rows and b in rows]
+        pairs = [(a, b) for a, b in pairs if a["by_task"].keys() == b["by_task"].keys()]
+        if pairs:
+            head = "".join(f"{TITLES[metric]} | 95 % | " for metric in metrics)
+            lines += [f"\n**{SETTINGS.get(demos, 'all')}**, differences paired by task\n",
+                      f"| | {head}".rstrip(), "|---|" + "--:|---|" * len(metrics)]
+        for a, b in pairs:
+            cells = [f"{a['row']} − {b['row']}"]
+            for metric in metrics:
+                mean, (low, high) = difference(a, b, metric)
+                cells += [f"{mean:+.1f}", f"{low:+.1f} – {high:+.1f}"]
+            lines.append(line(cells))
     return "\n".join(lines)
 
 
@@ -236,7 +281,7 @@ def category_chart(results: dict, path: str) -> None:
 
 def by_category(results: dict, demos) -> tuple[list[dict], str, list[str]]:
     """(rows of a setting, their metric, their categories); teachers only if there is no other."""
-    metric = "exact_match" if results["bench"] == "sample" else "rouge_l"
+    metric = metrics_of(results)[0]
     rows = [r for r in results["results"] if r["demos"] == demos]
     rows = [r for r in rows if r["row"] != ROWS["teachers"]] or rows
     return rows, metric, sorted(set().union(*(r["by_category"][metric] for r in rows)))
@@ -336,90 +381,3 @@ def published_p3(llm_config) -> list[dict]:
 def paper_results() -> dict:
     path = os.path.join(os.path.dirname(common.__file__), "configs", "paper_results.yaml")
     return common.read_yaml(path, "restore it from the repository")
-
-
-# ------------------------------------------------------------------------------------ ablations
-
-WHOLE = "TAGI, whole method"
-ABLATIONS = {                                           # row -> its run in bench/ablations.sh
-    WHOLE: "finetune",
-    "without pretraining": "finetune-without-pretraining",
-    "without fusion (LoRA alone)": "finetune-without-fusion",
-    "without L_pred": "finetune-without-pred",
-    "without L_kl": "finetune-without-kl",
-    "without L_ins": "finetune-without-ins",
-    "without hypernetwork (fusion alone)": "finetune-without-hypernetwork",
-    "L_ins compares B·A": "finetune-with-product",
-    "L_ins compares A and B": "finetune-with-factors",
-    "L_ins compares A and B by SVD": "finetune-with-svd",
-}
-ABLATIONS_HEAD = "mean ± standard deviation"
-STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]    # 97.5 %; 2, 3, .. seeds
-
-
-def tell_ablations(runs: str, split: str) -> None:
-    """Write the table of what bench/ablations.sh left in this folder of runs, and print it."""
-    runs = os.path.normpath(runs)
-    text = ablation_table(*read_ablations(runs, split), split)
-    path = f"{runs}-ablations.md" if split == "test" else f"{runs}-ablations-{split}.md"
-    if os.path.lexists(path):
-        with common.named_file(path, "move it away"), open(path, encoding="utf-8") as f:
-            ours = ABLATIONS_HEAD in f.readline()
-        if not ours:
-            raise UserError(f"{path} is no table of ablations, and is not replaced; move it away")
-    write_file(path, text + "\n")
-    say(f"{text}\n\nsaved as {path}")
-
-
-def read_ablations(runs: str, split: str) -> tuple[dict, str]:
-    """({row: {demos: [score of each seed]}}, what scores) as bench/ablations.sh left it.
-
-    runs: the folder of seed 0; that of seed 1 is {runs}-seed1, and so on. Raises UserError where
-    a result is missing, of another split or no number.
-    """
-    folders, scores = [runs], {}
-    while os.path.isdir(f"{runs}-seed{len(folders)}"):
-        folders.append(f"{runs}-seed{len(folders)}")
-    for row, name in ABLATIONS.items():
-        for folder in folders:
-            path = f"{folder}/evaluate-{name}/results.json"
-            with common.named_file(path, "first run bash bench/ablations.sh"):
-                with open(path, encoding="utf-8") as f:
-                    results = json.load(f)
-                metric = "rouge_l" if results["bench"] == "sni" else "exact_match"
-                rows = [(r["row"], int(r["demos"]), float(r[metric])) for r in results["results"]]
-                of_split = str(results["split"])
-            check_finite([score for _, _, score in rows], path)
-            if of_split != split:
-                raise UserError(f"{path} is of {of_split[:40]} tasks, not {split}; run "
-                                f"SPLIT={split} bash bench/ablations.sh for all {len(folders)} "
-                                f"seeds, or move {folder} away")
-            for label, demos, score in rows:
-                by_demos = scores.setdefault(row if label == ROWS["tagi"] else label, {})
-                by_demos.setdefault(demos, []).append(score)
-    return scores, metric
-
-
-def ablation_table(scores: dict, metric: str, split: str) -> str:
-    """Means over seeds, and the differences from the whole method, as Markdown."""
-    whole = {demos: np.array(x) for demos, x in scores[WHOLE].items()}
-    lines = [f"{split} tasks, {TITLES[metric]}, {ABLATIONS_HEAD} over {len(whole[0])} "
-             "seeds; in brackets the difference from the whole method, paired by seed, ± its 95 % "
-             "interval", "", "| | " + " | ".join(SETTINGS[demos] for demos in whole) + " |",
-             "|---|" + "---|" * len(whole)]
-    for row, by_demos in scores.items():
-        cells = [row]
-        for demos in whole:
-            x = np.array(by_demos[demos])
-            n = len(x)
-            spread = x.std(ddof=1) if n > 1 else float("nan")
-            cell = f"{x.mean():.1f} ± {spread:.1f}"
-            if row in ABLATIONS and row != WHOLE:
-                d, half = x - whole[demos], float("inf")
-                if n > 1:                               # Student's t over seeds
-                    half = STUDENT_T[min(n, 10) - 2] * d.std(ddof=1) / n ** 0.5
-                noise = ", noise" if abs(d.mean()) <= half else ""
-                cell += f" ({d.mean():+.1f} ± {half:.1f}{noise})"
-            cells.append(cell)
-        lines.append(line(cells))
-    return "\n".join(lines)

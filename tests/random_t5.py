@@ -6,7 +6,6 @@
 tasks' texts, a sample of which is also written to FOLDER/text.txt, to pretrain the hypernetwork on.
 """
 import argparse
-import io
 import os
 import random
 import sys
@@ -19,6 +18,7 @@ import common
 import data
 from bench.folders import new_folder
 from bench.listed import replaceable, write_list
+from bench.scratch import train_tokenizer
 
 SIZES = {  # d_model, d_ff, layers, heads, d_kv, vocabulary
     "tiny": (64, 128, 2, 4, 16, 593),          # small enough for tests
@@ -29,7 +29,6 @@ SIZES = {  # d_model, d_ff, layers, heads, d_kv, vocabulary
     "xl": (2048, 5120, 24, 32, 64, 32128),
     "xxl": (4096, 10240, 24, 64, 64, 32128),
 }
-EXTRA_IDS = 100
 
 
 def t5_config(size: str):
@@ -47,20 +46,6 @@ def random_t5(size: str, seed: int = 0):
     # Transformers 5 ties the head whatever the config says. Its own one starts with logits of about 1, to train at once.
     llm.lm_head.weight = torch.nn.Parameter(llm.shared.weight.detach() * llm.config.d_model ** -0.5)
     return llm
-
-
-def train_tokenizer(texts: list[str], pieces: int):
-    """A T5 tokenizer of at most so many pieces, the 100 sentinels among them."""
-    import sentencepiece
-    from transformers import T5Tokenizer
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram", vocab_size=pieces - EXTRA_IDS,
-        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    vocab = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
-    vocab += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(EXTRA_IDS))]
-    return T5Tokenizer(vocab=vocab, extra_ids=EXTRA_IDS)
 
 
 @common.command

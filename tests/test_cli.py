@@ -25,7 +25,7 @@ import lora
 import t5
 import train_hyper
 import train_teacher
-from bench import curriculum, optim, report, rouge
+from bench import ablations, curriculum, optim, report, rouge
 from bench.runs import Log
 
 MEASURED = {"step", "lr", "grad_norm", "tokens_per_second", "peak_gib", "seconds"}
@@ -505,7 +505,7 @@ PARTS = {                                       # row -> the option that makes i
 
 def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
     script = ablations(tmp_path, finished, SEEDS="2", PROCESSES="3", SPLIT="validation")
-    assert report.ABLATIONS.keys() == PARTS.keys()
+    assert ablations.ABLATIONS.keys() == PARTS.keys()
     stages = script.stages()
     default = vars(train_hyper.parser().parse_args([]))
     names = ("pretrained", "fusion", "lambda_ce", "lambda_kl", "lambda_ins", "generator", "alignment")
@@ -519,7 +519,7 @@ def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
         # What they need comes first: the teachers, which are the config's, then pretraining.
         assert [name for name, _ in mine[:2]] == ["train_teacher.py", "train_hyper.py"]
         assert mine[0][1]["stage"] is None and mine[1][1]["stage"] == "pretrain"
-        for (row, name), run, its in zip(report.ABLATIONS.items(), trained, scored, strict=True):
+        for (row, name), run, its in zip(ablations.ABLATIONS.items(), trained, scored, strict=True):
             changed = {key: run[key] for key in names if run[key] != default[key]}
             assert changed == PARTS[row] and (run["name"] or "finetune") == name
             assert its["checkpoint"] == f"{runs}/{name}"
@@ -548,9 +548,9 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, uncosted, tmp_
 
     table = run_all()
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
-    assert rows[:1] == [""] and set(report.ABLATIONS) <= set(rows)
+    assert rows[:1] == [""] and set(ablations.ABLATIONS) <= set(rows)
     assert "meta-trained with one LoRA" in rows
-    for name in list(report.ABLATIONS.values())[1:]:
+    for name in list(ablations.ABLATIONS.values())[1:]:
         assert project.record(name)["finished"]
         assert (project.runs / f"evaluate-{name}" / "results.json").exists()
     assert not any("lora-all" in word for words in called for word in words)    # the config's stage
@@ -568,7 +568,7 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, uncosted, tmp_
 
 def test_ablations_do_not_take_another_splits_or_checkpoints_scores(
         project, uncosted, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "ABLATIONS", {"TAGI, whole method": "finetune"})
+    monkeypatch.setattr(ablations, "ABLATIONS", {"TAGI, whole method": "finetune"})
 
     def evaluated(split):
         """As the script scores the whole method, and tells it."""
@@ -603,7 +603,7 @@ def test_ablations_print_the_table_of_the_results_that_are_there(project):
         return path
 
     for seed in range(3):
-        for name in report.ABLATIONS.values():
+        for name in ablations.ABLATIONS.values():
             if name == "finetune":
                 write(seed, name, tagi=50.0 + seed, meta=70.0)
             else:
@@ -612,7 +612,7 @@ def test_ablations_print_the_table_of_the_results_that_are_there(project):
     assert "test tasks" in table and "over 3 seeds" in table and "| Def | Def + 2 Pos |" in table
     assert "| TAGI, whole method | 51.0 ± 1.0 | 53.0 ± 1.0 |" in table
     assert "| meta-trained, instruction in input | 70.0 ± 0.0 | 72.0 ± 0.0 |" in table
-    for row in list(report.ABLATIONS)[1:]:
+    for row in list(ablations.ABLATIONS)[1:]:
         assert f"| {row} | 41.0 ± 1.0 (-10.0 ± 0.0) | 43.0 ± 1.0 (-10.0 ± 0.0) |" in table
     written = project.runs.parent / (project.runs.name + "-ablations.md")
     assert table == f"{written.read_text()}\nsaved as {written}\n"

@@ -20,7 +20,7 @@ import common
 import evaluate
 import train_hyper
 import train_teacher
-from bench import cost, kept, predictions, report, sample
+from bench import ablations, cost, kept, predictions, report, sample
 from bench.loaded import Loaded
 
 TAGI = str(ROOT / "assets/tagi-tiny")
@@ -353,7 +353,7 @@ def test_rescoring_does_not_replace_what_it_did_not_write_and_leaves_the_rest_al
 def test_a_table_of_ablations_does_not_replace_another_splits_nor_a_users_file(tmp_path):
     runs = tmp_path / "runs"
     for split in ("test", "validation"):
-        for name in report.ABLATIONS.values():
+        for name in ablations.ABLATIONS.values():
             folder = runs / f"evaluate-{name}"
             folder.mkdir(parents=True, exist_ok=True)
             its = [{"row": report.ROWS["tagi"], "demos": n, "rouge_l": 50.0} for n in (0, 2)]
@@ -456,7 +456,8 @@ def test_own_tasks_are_evaluated_as_tasks_in_snis_layout_without_a_word_of_the_s
     found = results(out)
     assert (found["bench"], found["tasks"], found["listed"], found["published"]) == ("sni", 3, 3, [])
     assert [key for key, n in rows(out) if n == 0] == [
-        "tagi", "tagi_shuffled", "tagi_empty", "meta", "no_instruction", "copy_input", "copy_demo"]
+        "tagi", "tagi_shuffled", "tagi_empty", "meta", "meta_shuffled", "no_instruction", "copy_input",
+        "copy_demo"]
     assert said.count("left out: ") == 3 and err.getvalue() == ""
     assert "paper" not in said and "bench.sample" not in said and "built-in" not in said
     assert "| | ROUGE-L |" in said and "| Animals |" in said and "/3" not in said

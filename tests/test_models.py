@@ -16,7 +16,7 @@ import lora
 from bench.teachers import load_teachers, save_teacher
 import t5
 import train_teacher
-from bench import optim, predictions, report
+from bench import ablations, optim, predictions, report
 from bench.records import read_documents
 from conftest import INPUTS, KINDS, OUTPUTS, apart, make_llm, make_tokenizer
 
@@ -412,12 +412,28 @@ def test_bootstrap_interval_is_over_tasks():
     assert report.bootstrap_interval(uneven, np.array([0] * 9 + [1])) == [0.0, 1.0]
 
 
+def test_a_difference_between_rows_is_paired_by_task_and_counts_instances():
+    def answers(task, n, right):
+        return [{"task": task, "category": "c", "prediction": "yes" if k < right else "no", "references": ["yes"]}
+                for k in range(n)]
+    first = answers("a", 30, 20) + answers("b", 10, 9)
+    second = answers("a", 30, 10) + answers("b", 10, 9)
+    one, other = (report.score("x", 0, rows, strict=True) for rows in (first, second))
+    mean, (low, high) = report.difference(one, other, "exact_match")
+    assert abs(mean - (one["exact_match"] - other["exact_match"])) < 1e-9 and abs(mean - 25) < 1e-9
+    assert abs(low - 0) < 1e-9 and abs(high - 100 / 3) < 1e-9            # only b drawn, only a drawn
+    results = {"bench": "sni", "split": "test", "results": [one | {"key": "meta", "row": "M"}, other | {
+        "key": "meta_shuffled", "row": "S"}]}
+    assert "| M − S | +25.0 | +0.0 – +33.3 | +25.0 | +0.0 – +33.3 |" in report.difference_table(results)
+    assert report.difference_table(results | {"results": [one | {"key": "meta"}]}) == ""
+
+
 def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its_interval_holds_zero():
     """Differences -10, -11, -12 are far from 0 (95 % half width 4.30 / sqrt 3); -10, 10, -3 are not."""
     def rows(*scores):
         return {demos: [x + demos for x in scores] for demos in (0, 2)}
 
-    table = report.ablation_table({
+    table = ablations.table({
         "TAGI, whole method": rows(80, 70, 90), "without pretraining": rows(70, 59, 78), "without L_kl": rows(70, 80, 87),
         "copy the input": rows(1, 2, 3)}, "exact_match", "test")
     lines = table.splitlines()

@@ -1,0 +1,313 @@
+"""The whole method on real Super-NaturalInstructions, from nothing; writes docs/sni-scratch.md.
+
+    python tests/benchmarks/sni_scratch.py --sni natural-instructions --seeds 2
+    python tests/benchmarks/sni_scratch.py --stop-before test       # to choose settings
+    python tests/benchmarks/sni_scratch.py --report                 # the page, of what is there
+
+Each command is the one that a user types; one that was finished is not run again, one that was cut
+off goes on. Seed 0's runs are in --runs, seed 1's in that name with -seed1, as bench/ablations.sh
+has it. The page's part on examples is written by hand and is kept.
+"""
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pages import (
+    ROOT, check_replaceable, command_line, paragraph, part, part_of, processor, table, write)
+
+sys.path.insert(0, str(ROOT))
+import common
+import data
+from bench import report
+from bench.teachers import load_teachers
+from hypernet import TAGI
+
+TITLE = "# Real tasks, from nothing"
+LAUNCH = "python -m bench.launch --nproc-per-node 2"
+WITHOUT = "finetune-without-fusion"
+SPLITS = {"test_seen_categories": "unseen tasks of seen categories", "test": "the official test"}
+ROWS = ("tagi", "tagi_shuffled", "tagi_empty")     # of the TAGI without fusion
+PAIRS = [*report.DIFFERENCES, ("tagi_alone", "tagi_shuffled_alone"), ("tagi_alone", "meta_lora"),
+         ("tagi_alone", "meta")]                    # rows, the second taken from the first
+METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
+
+
+# -------------------------------------------------------------------------------------- commands
+
+def runs_of(runs: str, seed: int) -> str:
+    return runs if seed == 0 else f"{runs}-seed{seed}"
+
+
+def training(args, seed: int) -> list[str]:
+    """The commands that train one seed, in order."""
+    options = f"--config {args.config} --runs {runs_of(args.runs, seed)} --seed {seed}"
+    found = [f"{LAUNCH} train_teacher.py --stage {stage} {options}"
+             for stage in ("base", "meta", "lora", "lora-all")]
+    found += [f"{LAUNCH} train_hyper.py --stage {stage} {options}"
+              for stage in ("pretrain", "finetune")]
+    return [*found, f"{LAUNCH} train_hyper.py --stage finetune --fusion none --name {WITHOUT} "
+                    f"{options}"]
+
+
+def scoring(args, seed: int, split: str) -> list[str]:
+    """The commands that score one seed on a split."""
+    runs = runs_of(args.runs, seed)
+    options = f"--bench sni --config {args.config} --runs {runs} --seed {seed} --split {split}"
+    if split == "validation":
+        options += f" --eval-instances {args.eval_instances}"
+    return [f"{LAUNCH} evaluate.py {options} --out {runs}/evaluate-{split}",
+            f"{LAUNCH} evaluate.py {options} --checkpoint {runs}/{WITHOUT} --rows {','.join(ROWS)} "
+            f"--out {runs}/evaluate-{split}-without-fusion"]
+
+
+def run(command: str, record: Path) -> None:
+    """Run it, unless the record says that it is finished; the record keeps its seconds."""
+    done = json.loads(record.read_text()) if record.is_file() else {}
+    its = done.setdefault(command, {"seconds": 0.0, "finished": False})
+    if its["finished"]:
+        return
+    print(f"\n$ {command}", flush=True)
+    begun = time.time()
+    words = shlex.split(command)
+    code = subprocess.run([sys.executable, *words[1:]], cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    its["seconds"] += time.time() - begun
+    its["finished"] = code == 0
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(done, indent=1))
+    if code:
+        sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------ the numbers
+
+def results_of(args, seed: int, split: str) -> dict | None:
+    """results.json of the whole method, with the rows of TAGI without fusion; None: not there."""
+    folder = ROOT / runs_of(args.runs, seed)
+    path = folder / f"evaluate-{split}/results.json"
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text())
+    path = folder / f"evaluate-{split}-without-fusion/results.json"
+    for r in json.loads(path.read_text())["results"] if path.is_file() else []:
+        r |= {"key": f"{r['key']}_alone", "row": r["row"].replace("TAGI", "TAGI without fusion")}
+        results["results"].append(r)
+    return results
+
+
+def rows_of(results: dict, demos: int) -> dict:
+    """{key: row} of a setting."""
+    return {r["key"]: r for r in results["results"] if r["demos"] == demos}
+
+
+def scores_table(of_seeds: list[dict], demos: int) -> str:
+    """Every row: ROUGE-L and exact match of each seed, the interval over tasks, FLOPs and time."""
+    seeds, lines = [rows_of(results, demos) for results in of_seeds], []
+    meta = seeds[0].get("meta", {})
+    for key, r in seeds[0].items():
+        its = [rows[key] for rows in seeds if key in rows]
+        line = {"case": r["row"]}
+        for metric, title in METRICS.items():
+            line[title] = " / ".join(f"{x[metric]:.1f}" for x in its)
+            line[f"{title}, 95 %"] = " / ".join(
+                "{:.1f} – {:.1f}".format(*x[metric + "_interval"]) for x in its)
+        if "ms" in r and "ms" in meta:
+            line["FLOPs"] = f"{r['flops'] / meta['flops']:.2f}x"
+            line["time"] = f"{r['ms'] / meta['ms']:.2f}x"
+        lines.append(line)
+    return table(lines)
+
+
+def differences_table(of_seeds: list[dict], demos: int) -> str:
+    lines = []
+    for a, b in PAIRS:
+        line = {}
+        for results in of_seeds:
+            rows = rows_of(results, demos)
+            if a in rows and b in rows:
+                line["case"] = f"{rows[a]['row']} − {rows[b]['row']}"
+                for metric, title in METRICS.items():
+                    mean, (low, high) = report.difference(rows[a], rows[b], metric)
+                    line.setdefault(title, []).append(f"{mean:+.1f} ({low:+.1f} – {high:+.1f})")
+        if line:
+            lines.append({k: v if isinstance(v, str) else " / ".join(v) for k, v in line.items()})
+    return table(lines)
+
+
+def categories_table(results: dict, demos: int) -> str:
+    """ROUGE-L of seed 0 by category, of the rows that the comparison is about."""
+    rows = rows_of(results, demos)
+    shown = [key for key in ("tagi", "tagi_shuffled", "tagi_alone", "meta", "meta_shuffled",
+                             "meta_lora", "copy_demo") if key in rows]
+    lines = []
+    for category in sorted(rows["tagi"]["by_category"]["rouge_l"]):
+        line = {"case": category}
+        for key in shown:
+            line[rows[key]["row"]] = f"{rows[key]['by_category']['rouge_l'][category]:.1f}"
+        lines.append(line)
+    return table(lines)
+
+
+# ------------------------------------------------------------------------------------- diagnosis
+
+def lengths_and_cosine(weights: dict, scaling: float) -> tuple[float, float]:
+    """(the mean length of K updates B·A, all sites as one vector, the mean cosine of two of them).
+
+    weights: {site: (A (K, r, D_in), B (K, D_out, r))}.
+    """
+    updates = [scaling * (B.float() @ A.float()).flatten(1) for A, B in weights.values()]
+    updates = torch.cat(updates, 1)                                         # (K, of all sites)
+    length = updates.norm(dim=1)
+    unit = updates / length[:, None]
+    others = ~torch.eye(len(unit), dtype=torch.bool)
+    return length.mean().item(), (unit @ unit.T)[others].mean().item()
+
+
+def diagnosis(args, seed: int) -> str:
+    """A table: how long the generated updates and the teachers' are, and how alike those of tasks.
+
+    The instructions are the validation tasks'.
+    """
+    folder = ROOT / runs_of(args.runs, seed)
+    lines = []
+    for name, told in (("finetune", "TAGI"), (WITHOUT, "TAGI without fusion")):
+        tagi = TAGI.load(str(folder / name), device="cpu")
+        tasks = data.load_sni(tagi.options.data, "validation", 1)
+        with torch.no_grad():
+            weights = tagi.adapt([task.definitions[0] for task in tasks]).weights
+        lines.append((told, weights))
+    names = common.read_yaml(str(folder / "lora/config.yaml"), "")["unit_names"]
+    stacked = load_teachers(str(folder / "lora"), names, tagi.llm, vars(tagi.options), "")
+    lines.append(("LoRA teachers", stacked))
+    scaling, rows = tagi.options.alpha / tagi.options.rank, []
+    for told, weights in lines:
+        length, cosine = lengths_and_cosine(weights, scaling)
+        rows.append({"case": told, "length of an update": f"{length:.2f}",
+                     "cosine of two tasks' updates": f"{cosine:.3f}"})
+    return table(rows)
+
+
+def reachable(tasks) -> float:
+    """% of instances of which a reference occurs in the task's definition, letters' case aside."""
+    found = []
+    for task in tasks:
+        definition = task.definitions[0].lower()
+        for x in task.instances:
+            found.append(any(output.strip().lower() in definition for output in x.outputs))
+    return 100 * float(np.mean(found))
+
+
+def losses(args, seed: int) -> str:
+    """A table: the loss of each stage's steps, at its beginning, three quarters and end."""
+    rows = []
+    for stage in ("base", "meta", "lora-all", "pretrain", "finetune", WITHOUT):
+        path = ROOT / runs_of(args.runs, seed) / stage / "log.jsonl"
+        logged = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = [x for x in logged if "loss" in x]
+        row = {"stage": stage, "steps": str(steps[-1]["step"])}
+        for title, share in (("first tenth", 0), ("before three quarters", 0.65), ("last tenth", 0.9)):
+            start = int(share * len(steps))
+            its = steps[start:start + max(1, len(steps) // 10)]
+            row[title] = f"{np.mean([x['loss'] for x in its]):.2f}"
+        for key, title in (("validation", "validation"), ("validation_shuffled", "shuffled")):
+            its = [x[key] for x in logged if key in x]
+            row[title] = f"{its[-1]:.2f}" if its else ""
+        rows.append(row)
+    return table(rows)
+
+
+# ------------------------------------------------------------------------------------------ page
+
+def commands_table(args) -> str:
+    """Every command, with the seconds that it took for each seed."""
+    rows = []
+    for seed in range(args.seeds):
+        record = ROOT / runs_of(args.runs, seed) / "commands.json"
+        done = json.loads(record.read_text()) if record.is_file() else {}
+        for number, (command, its) in enumerate(done.items()):
+            if seed == 0:
+                rows.append({"command": f"`{command}`", "minutes": ""})
+            minutes = f"{its['seconds'] / 60:.1f}" + ("" if its["finished"] else " (unfinished)")
+            if number < len(rows):
+                rows[number]["minutes"] += (" / " if seed else "") + minutes
+    return table(rows)
+
+
+def page(args, by_split: dict, examples: str) -> str:
+    """docs/sni-scratch.md. by_split: {split: results of each seed}."""
+    first = next(iter(by_split.values()))
+    head = paragraph(
+        "A T5 of random weights is trained on the texts of Super-NaturalInstructions' training",
+        "tasks, then to follow their instructions, and is frozen; TAGI is trained on it and tested",
+        f"on tasks that nothing was trained on. Seeds: {len(first)}, side by side in each cell.",
+        f"Written by `{command_line()}`. Processor: {processor()}, torch {torch.__version__}.")
+    parts = [TITLE, head]
+    for split, of_seeds in by_split.items():
+        results = of_seeds[0]
+        parts.append(f"## {SPLITS[split].capitalize()}: {report.coverage(results)}")
+        for demos, setting in report.SETTINGS.items():
+            parts += [f"**{setting}**", scores_table(of_seeds, demos),
+                      "Differences, paired by task, with 95 % intervals over tasks:",
+                      differences_table(of_seeds, demos)]
+        tasks = data.load_sni(args.data, split, 100)
+        parts.append(f"{reachable(tasks):.0f} % of the instances have a reference that occurs in "
+                     "the definition.")
+        parts += ["ROUGE-L by category, definition alone, seed 0:", categories_table(results, 0)]
+    parts += ["## What was looked at", "Losses, seed 0, nats a token:", losses(args, 0),
+              "Updates, seed 0:", diagnosis(args, 0)]
+    parts += ["## Commands", commands_table(args)]
+    return "\n\n".join(parts) + "\n\n" + part("by hand", examples)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sni", default="natural-instructions", help="folder in Super-NaturalInstructions' layout")
+    add("--data", default="data/sni-scratch", help="folder that bench.scratch makes of it")
+    add("--seeds", type=int, default=2)
+    add("--config", default="configs/sni-scratch.yaml")
+    add("--runs", default="runs/sni-scratch", help="folder of seed 0's runs")
+    add("--eval-instances", type=int, default=20, help="of each validation task")
+    add("--stop-before", choices=["validation", "test"])
+    add("--report", action="store_true", help="only the page, of what is there")
+    add("--out", default="docs/sni-scratch.md")
+    args = parser.parse_args()
+    out = ROOT / args.out
+    check_replaceable(out, TITLE)
+    if not args.report and not (ROOT / args.data).is_dir():
+        subprocess.run([sys.executable, "-m", "bench.scratch", "--data", args.sni, "--out",
+                        args.data], cwd=ROOT, check=True)
+    for seed in range(0 if args.report else args.seeds):
+        record = ROOT / runs_of(args.runs, seed) / "commands.json"
+        for command in training(args, seed):
+            run(command, record)
+        if args.stop_before != "validation":
+            for command in scoring(args, seed, "validation"):
+                run(command, record)
+    if args.stop_before:
+        return
+    for seed in range(0 if args.report else args.seeds):
+        record = ROOT / runs_of(args.runs, seed) / "commands.json"
+        for split in SPLITS:
+            for command in scoring(args, seed, split):
+                run(command, record)
+    by_split = {}
+    for split in SPLITS:
+        found = [results_of(args, seed, split) for seed in range(args.seeds)]
+        by_split[split] = [results for results in found if results is not None]
+    by_split = {split: found for split, found in by_split.items() if found}
+    examples = part_of(out.read_text(), "by hand") if out.is_file() else None
+    write(out, page(args, by_split, examples or ""))
+
+
+if __name__ == "__main__":
+    main()

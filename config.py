@@ -139,6 +139,8 @@ flag = {"action": argparse.BooleanOptionalAction}                           # --
 # Options whose values are paths: written in two ways, one may be the same.
 PATHS = ("config", "runs", "data", "model", "llm", "meta_model", "text", "init_from", "kl_teacher",
          "checkpoint", "out")
+# Option of these -> values of it that are no paths.
+WORDS = {"model": ("tiny",), "llm": ("base", "meta"), "kl_teacher": ("lora", "meta")}
 
 # Options that every script has, but that a checkpoint decides for whoever uses it.
 OF_A_CHECKPOINT = ("targets", "rank", "alpha", "unit", "attention", "demos", "vary-demos",
@@ -276,7 +278,7 @@ def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
     top = Parser("")
     add_shared_options(top)
     checkpoint = getattr(early, "checkpoint", None)
-    if checkpoint and early.config == beside(DEFAULT_CONFIG):
+    if checkpoint and same("config", early.config, DEFAULT_CONFIG):
         config = recorded(checkpoint, top.known()) or config
     options = argparse.Namespace()
     shared = {key: value for key, value in config.items() if key not in SECTIONS}
@@ -356,10 +358,14 @@ def recorded(checkpoint: str, known: set) -> dict:
     newest = common.checkpoint_of(checkpoint) or checkpoint     # in the folder of a stage
     if not os.path.isfile(f"{newest}/config.yaml"):
         return {}
-    own = {}
-    for key, value in vars(common.load_options(newest)).items():
+    own, found = {}, vars(common.load_options(newest))
+    for key, value in found.items():
         if key.replace("_", "-") in known - {"fresh", "device", "seed"}:
             own[key] = value
+        if key in own and key in PATHS and isinstance(value, str) and not os.path.exists(value):
+            there = os.path.join(str(found.get("cwd", "")), value)      # where the run started
+            if value not in WORDS.get(key, ()) and os.path.exists(there):
+                own[key] = there
     # Where it is now, moved or not; a link is to a folder that has its neighbours.
     checkpoint = folders.stage_of(checkpoint)
     runs, real = os.path.normpath(f"{checkpoint}/.."), os.path.dirname(os.path.realpath(checkpoint))
@@ -393,6 +399,8 @@ def same(key: str, old, new, cwd: str = "") -> bool:
     """
     if old == new or key not in PATHS or not (isinstance(old, str) and isinstance(new, str)):
         return old == new
+    if old in WORDS.get(key, ()) or new in WORDS.get(key, ()):
+        return False                            # a word, and a folder of that name: ./meta
     return os.path.realpath(os.path.join(cwd, beside(old))) == os.path.realpath(beside(new))
 
 

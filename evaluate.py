@@ -274,7 +274,7 @@ def load(options, rank: int, world: int) -> Loaded:
     sample.ensure_suite(options.data, rank)
     common.wait_for_all_ranks()                 # rank 0 may be writing it
     options.bench = options.bench or predictions.bench_for(options)
-    if options.bench == "sni" and options.data == sample.SUITE:
+    if options.bench == "sni" and sample.is_default(options.data):
         raise UserError(f"--bench sni needs --data, a folder in its layout: {data.GET_SNI}")
     if (options.bench == "p3") != (options.format == "p3"):
         raise UserError(f"--bench {options.bench} with --format {options.format}: a model reads P3 "

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import common
 from bench import llm_files
 from common import UserError, named_file
-from config import DEFAULT_CONFIG, beside, script
+from config import DEFAULT_CONFIG, same, script
 
 # model_type in config.json; ByT5, Flan-T5, T0, Tk-Instruct and MADLAD-400 are "t5"
 FAMILY = ("t5", "mt5", "umt5", "longt5")
@@ -216,15 +216,28 @@ def base_path(options, digests=None) -> str:
 
 
 def meta_path(options, digests=None) -> str:
-    if options.meta_model:
-        return options.meta_model
-    return options.model if is_meta_itself(options) else finished_stage("meta", options, digests)
+    if options.meta_model or is_meta_itself(options):
+        return options.meta_model or options.model
+    return finished_stage("meta", options, digests)
 
 
 def is_meta_itself(options) -> bool:
     """Whether --model is frozen as it is, without a stage meta: Flan-T5 follows instructions."""
     meta = os.path.join(options.runs, "meta", "config.yaml")
-    return options.llm == "base" and options.model != "tiny" and not os.path.isfile(meta)
+    is_frozen = options.llm == "base" or same("model", options.llm, options.model)
+    return is_frozen and options.model != "tiny" and not os.path.isfile(meta)
+
+
+def meant_by(key: str, value, options):
+    """What an option's value is as a path: --llm base|meta, and no --meta-model, are folders."""
+    if key == "llm" and value == "base":
+        return os.path.join(options.runs, "base") if options.model == "tiny" else options.model
+    is_meta = value == "meta" and key in ("llm", "kl_teacher")
+    if not is_meta and (key, value) != ("meta_model", None):
+        return value
+    if options.meta_model or is_meta_itself(options):
+        return options.meta_model or options.model
+    return os.path.join(options.runs, "meta")
 
 
 def finished_stage(stage: str, options, digests=None) -> str:
@@ -242,12 +255,12 @@ def finished_stage(stage: str, options, digests=None) -> str:
 
 def config_flag(options) -> str:
     """What a command that an error line tells the user to run needs beside its stage."""
-    usual = options.config == beside(DEFAULT_CONFIG)
+    usual = same("config", options.config, DEFAULT_CONFIG)
     words = "" if usual else f" --config {options.config}"
     config = common.read_yaml(options.config, "name an existing config with --config")
     for key in ("runs", "model"):
         value = getattr(options, key)
-        if value != config.get(key, value):
+        if not same(key, config.get(key, value), value):
             words += f" --{key} {value}"
     return words
 

@@ -329,7 +329,7 @@ def check(argv, options) -> list[str]:
         tokenizer = load_tokenizer(options)[0] if llm_of(options) == "tiny" else None
         check_memory(stages, options, tokenizer, teachers)
         return []
-    if options.data == sample.SUITE and not os.path.isdir(options.data):
+    if sample.is_default(options.data) and not os.path.isdir(options.data):
         raise UserError(f"{options.data} is not there; the scripts write it when they first need "
                         "it, or now: python -m bench.sample")
     found = check_splits(options, problems)

@@ -45,7 +45,10 @@ class Loaded:
         o = self.options
         llm = o.llm and t5.llm_path(o)          # None: where the checkpoint has it
         tagi = TAGI.load(self.checkpoint, o.device, o.precision, llm).requires_grad_(False)
-        if llm and tagi.options.llm == "meta":
+        trained = tagi.options
+        frozen, meta = (t5.meant_by(key, getattr(trained, key), trained)
+                        for key in ("llm", "meta_model"))
+        if llm and config.same("llm", frozen, meta):
             o.meta_model = llm
         t5.check_knows(tagi.tokenizer, data.texts_of(self.tasks), o.data)
         return tagi
@@ -102,10 +105,16 @@ class Loaded:
         tasks = data.training_tasks(self.options, 10, skip=used)
         return tasks[::max(1, len(tasks) // 100)]
 
+    @property
+    def is_data_of_training(self) -> bool:
+        """Whether --data is the folder that the TAGI was trained on, however it was written."""
+        trained = self.tagi.options
+        return config.same("data", trained.data, self.options.data, getattr(trained, "cwd", ""))
+
     def why_none_held_out(self) -> str | None:
         """Why the LoRA teachers have nothing to answer here; None where they have."""
         folder, root = self.teachers_of("teachers")[0], self.options.data
-        if os.path.realpath(root) != os.path.realpath(self.tagi.options.data):
+        if not self.is_data_of_training:
             if not os.path.isdir(folder):
                 return f"there are none in {folder}"
             if not os.path.isfile(data.split_file(root, "train")):
@@ -135,7 +144,7 @@ class Loaded:
         o, trained = self.options, self.tagi.options
         found = {"tokenizer_digest": t5.tokenizer_digest(self.tagi.tokenizer)}
         # Another folder holds own tasks, or a copy, perhaps of a part.
-        if os.path.realpath(o.data) == os.path.realpath(trained.data):
+        if self.is_data_of_training:
             found |= self.training_data(vars(trained))
         common.check_digests(found, self.checkpoint, vars(trained))
         names = data.names_and_definitions(self.tasks)

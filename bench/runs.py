@@ -1,4 +1,5 @@
 """The life of one stage in its folder: where it goes on, its checkpoints, its log, how it ends."""
+import argparse
 import fcntl
 import json
 import math
@@ -89,9 +90,13 @@ class Run:
         before, options = self.before, self.options
         if before is None:
             return False
+        # The options then, in this folder, which may have been moved.
+        then = vars(options) | before | {"runs": os.path.abspath(options.runs)}
+        then = argparse.Namespace(**then)
         for key, value in vars(options).items():
             old = before.get(key, value)
-            if key in IGNORED or config.same(key, old, value, before.get("cwd", "")):
+            places = t5.meant_by(key, old, then), t5.meant_by(key, value, options)
+            if key in IGNORED or config.same(key, *places, before.get("cwd", "")):
                 continue
             if key == "steps" and before["finished"] and value > old:
                 continue                                # a finished stage is trained further

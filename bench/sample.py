@@ -381,17 +381,21 @@ def is_own_name(path):
     return path in FILES or (match is not None and match[1] in names_of_tasks())
 
 
+def is_default(root):
+    """Whether this is the folder that the scripts fill, however it is written."""
+    return os.path.realpath(root) == os.path.realpath(SUITE)
+
+
 def is_suite(root):
     """Whether this folder holds, or is to hold, the built-in suite, of whatever seed."""
     wordings = os.path.join(root, "splits", "default", "test_unseen_wording_tasks.txt")
     tokenizer = os.path.join(root, "tokenizer", "tokenizer.json")
-    is_default = os.path.realpath(root) == os.path.realpath(SUITE)
-    return is_default or (os.path.isfile(wordings) and os.path.isfile(tokenizer))
+    return is_default(root) or (os.path.isfile(wordings) and os.path.isfile(tokenizer))
 
 
 def ensure_suite(root, rank=0):
     """Write the suite, on rank 0, where its default folder is asked for and not there."""
-    if rank == 0 and os.path.normpath(root) == SUITE and not os.path.isdir(root):
+    if rank == 0 and is_default(root) and not os.path.isdir(root):
         print("writing the built-in suite:", end=" ", flush=True)
         write_suite(root, seed=0)
 

@@ -115,7 +115,7 @@ def load_kl_teacher(options, run, llm_path, tagi):
     """Another checkpoint as KL teacher; None where it is the frozen LLM, which needs no copy."""
     is_meta = options.kl_teacher == "meta"
     path = t5.meta_path(options, run.found) if is_meta else options.kl_teacher
-    if os.path.abspath(path) == os.path.abspath(llm_path):
+    if os.path.realpath(path) == os.path.realpath(llm_path):
         return None
     teacher, tokenizer = t5.load_llm(path, shard.home(options), options.precision,
                                      options.attention)

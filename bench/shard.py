@@ -14,8 +14,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.distributed.tensor import DTensor
 
+import common
 from common import UserError
 
 
@@ -70,6 +72,8 @@ def cut(parameters: dict, options, llms, student=None) -> dict:
     for llm in llms:
         if llm is not None:
             shard_llm(llm, mesh)
+    for model in models:
+        meet(model)
 
     # What each rank has whole goes to its GPU as it is.
     with torch.no_grad():
@@ -135,6 +139,30 @@ def add_up(model) -> None:
             module.set_force_sum_reduction_for_comms(True)      # gloo has no other
 
 
+class AllGather(collectives.DefaultAllGather):
+    """A block's weights from all ranks: where one is gone, the others end in one line."""
+
+    def __call__(self, *args, **kwargs):
+        with common.meeting():
+            return super().__call__(*args, **kwargs)
+
+
+class ReduceScatter(collectives.DefaultReduceScatter):
+    """The sum of a block's gradients to all ranks, likewise."""
+
+    def __call__(self, *args, **kwargs):
+        with common.meeting():
+            return super().__call__(*args, **kwargs)
+
+
+def meet(model) -> None:
+    """What fully_shard's ranks do together are meetings, as all of their traffic is."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(AllGather())
+            module.set_custom_reduce_scatter(ReduceScatter())
+
+
 # ------------------------------------------------------------------------------- parts and wholes
 
 def is_part(p) -> bool:
@@ -156,14 +184,16 @@ def gather(part: Part, its: torch.Tensor) -> torch.Tensor:
     padded = its.new_zeros(size, *its.shape[1:])
     padded[:len(its)] = its
     whole = its.new_empty(world * size, *its.shape[1:])
-    dist.all_gather(list(whole.chunk(world)), padded)
+    with common.meeting():
+        dist.all_gather(list(whole.chunk(world)), padded)
     return whole[:n]
 
 
 def total(x: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over ranks."""
     x = x.clone()
-    dist.all_reduce(x)
+    with common.meeting():
+        dist.all_reduce(x)
     return x
 
 

@@ -195,3 +195,36 @@ def test_rows_are_dealt_out_and_gathered_whatever_their_number(monkeypatch):
 
         monkeypatch.setattr(shard.dist, "all_gather", all_gather)
         assert torch.equal(shard.gather(part, dealt[2]), whole)
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train_teacher
+from bench import shard
+name, left = {name!r}, [{calls}]
+place = shard if name == "gather" else getattr(shard.collectives, name)
+attribute = "gather" if name == "gather" else "__call__"
+meet = getattr(place, attribute)
+
+def dying(*args, **kwargs):
+    left[0] -= 1
+    if not left[0] and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return meet(*args, **kwargs)
+
+setattr(place, attribute, dying)
+train_teacher.main({argv!r})
+"""
+
+
+@pytest.mark.parametrize("name, calls", [("DefaultAllGather", 30), ("DefaultReduceScatter", 3), ("gather", 2)])
+def test_where_a_rank_is_killed_in_a_gather_the_others_end_in_one_line(finished, tmp_path, name, calls):
+    """In a forward pass, in a backward pass, and where a checkpoint is put together."""
+    project, script = finished.copy(tmp_path / "runs", ("base",)), tmp_path / "dying.py"
+    argv = project.argv("meta", "--shard", "--steps=3", "--save-every=1", "--no-curriculum")
+    script.write_text(DYING.format(root=str(ROOT), name=name, calls=calls, argv=argv))
+    done = process(sys.executable, "-m", "bench.launch", "--nproc-per-node=2", script, code=1)
+    lines = sorted(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "Traceback" not in done.stderr and len(lines) == 2, done.stderr
+    assert lines[0].startswith("error: rank 0 lost another rank") and "rank 1 was killed by SIGKILL" in lines[1]

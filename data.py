@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import common
+import config
 from bench import p3, records
 from bench.folders import writing
 from common import UserError, is_texts
@@ -89,8 +90,8 @@ def split_file(root: str, split: str) -> str:
 def listed_tasks(root: str, split: str) -> list[str]:
     """The names of a split's tasks, whether their files are there or not."""
     path = split_file(root, split)
-    remedy = (f"--data and --split name a folder like SNI's: {GET_SNI} (or python -m bench.sample "
-              "writes the built-in suite)")
+    remedy = (f"--data and --split name a folder like SNI's: {GET_SNI} (or python "
+              f"{config.script('bench/sample.py')} writes the built-in suite)")
     return records.read_names(path, remedy)
 
 

@@ -387,7 +387,7 @@ def train_base(options, run):
     path = os.path.join(options.data, "tokenizer")
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder; --model tiny needs a tokenizer beside its data: "
-                        "python -m bench.sample")
+                        f"python {config.script('bench/sample.py')}")
     tokenizer = t5.load_tokenizer(path)
     run.found["tokenizer_digest"] = t5.tokenizer_digest(tokenizer)
     # Each document is cut in two: the encoder reads the first part, the rest is the target.

@@ -18,6 +18,7 @@ from collections import Counter
 
 import torch
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # started by path
 import common
 import config
 import data
@@ -331,7 +332,7 @@ def check(argv, options) -> list[str]:
         return []
     if sample.is_default(options.data) and not os.path.isdir(options.data):
         raise UserError(f"{options.data} is not there; the scripts write it when they first need "
-                        "it, or now: python -m bench.sample")
+                        f"it, or now: python {config.script('bench/sample.py')}")
     found = check_splits(options, problems)
     check_twins(found, problems)
     tokenizer, source = load_tokenizer(options)

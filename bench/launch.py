@@ -11,13 +11,14 @@ takes all of torchrun's options and runs its code. What differs:
 - On one node the address is 127.0.0.1, so the host's name need not resolve.
 - OMP_NUM_THREADS is as it was set, or an equal share of the cores, which torchrun makes 1.
 """
-from bench import early         # first: Ctrl-C while PyTorch loads
-
 import contextlib
 import logging
 import os
 import signal
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # started by path
+from bench import early         # before PyTorch: Ctrl-C
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import PContext, SignalException
@@ -129,7 +130,7 @@ def prepare(argv: list[str] | None):
         _, nodes = run.parse_min_max_nnodes(args.nnodes)
         ranks = run.determine_local_world_size(args.nproc_per_node)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{error}; see python -m bench.launch --help") from None
+        raise UserError(f"{error}; see --help") from None
     if not (args.module or args.no_python) and not os.path.isfile(args.training_script):
         raise UserError(f"{args.training_script}: no such script; the launcher's own options stand "
                         "before it")

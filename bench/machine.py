@@ -11,6 +11,7 @@ import sys
 import torch
 
 import common
+from bench.early import ROOT
 
 
 def command_line(going_on: bool = False) -> str:
@@ -21,7 +22,10 @@ def command_line(going_on: bool = False) -> str:
     world = common.launched_processes()
     if world > 1:
         local = os.environ.get("LOCAL_WORLD_SIZE", world)
-        words[1:1] = ["-m", "bench.launch", "--nproc-per-node", str(local)]
+        launcher = ["-m", "bench.launch"]
+        if not os.path.samefile(os.curdir, ROOT):
+            launcher = [os.path.join(ROOT, "bench", "launch.py")]
+        words[1:1] = [*launcher, "--nproc-per-node", str(local)]
     return shlex.join(words)
 
 

@@ -13,10 +13,11 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # started by path
 import common
 import config
 from bench import terminal

@@ -27,9 +27,11 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # started by path
 import common
 import config
 from bench import terminal

@@ -234,7 +234,7 @@ def test_a_test_task_without_examples_is_scored(project, tmp_path, monkeypatch):
 def test_a_missing_data_folder_is_named_with_the_command_that_writes_it(project, tmp_path, stage):
     name = [] if stage == "evaluate" else ["--name=other"]
     line = project.refuses(stage, *name, "--data", tmp_path / "nowhere")
-    assert str(tmp_path / "nowhere") in line and "python -m bench.sample" in line
+    assert str(tmp_path / "nowhere") in line and "python bench/sample.py" in line
 
 
 @pytest.mark.parametrize("stage, split", [("meta", "train"), ("finetune", "train"), ("evaluate", "test")])

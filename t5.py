@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import common
 from bench import llm_files
 from common import UserError, named_file
-from config import DEFAULT_CONFIG, same, script
+from config import DEFAULT_CONFIG, beside, same, script
 
 # model_type in config.json; ByT5, Flan-T5, T0, Tk-Instruct and MADLAD-400 are "t5"
 FAMILY = ("t5", "mt5", "umt5", "longt5")
@@ -255,12 +255,12 @@ def finished_stage(stage: str, options, digests=None) -> str:
 
 def config_flag(options) -> str:
     """What a command that an error line tells the user to run needs beside its stage."""
-    usual = same("config", options.config, DEFAULT_CONFIG)
+    usual = options.config == beside(DEFAULT_CONFIG)
     words = "" if usual else f" --config {options.config}"
     config = common.read_yaml(options.config, "name an existing config with --config")
     for key in ("runs", "model"):
         value = getattr(options, key)
-        if not same(key, config.get(key, value), value):
+        if value != config.get(key, value):
             words += f" --{key} {value}"
     return words
 

@@ -1,7 +1,7 @@
 """A script imports this first: a stop while its libraries load ends it in one line.
 
-So does a launcher that is gone: its ranks take that for a SIGTERM, at any time. Nothing happens
-where another program imports a script's modules.
+So does a current folder that was removed. A launcher that is gone its ranks take for a SIGTERM, at
+any time. Nothing happens where another program imports a script's modules.
 """
 import os
 import signal
@@ -41,7 +41,17 @@ def is_script() -> bool:
     return os.path.dirname(os.path.abspath(started)) in (ROOT, os.path.join(ROOT, "bench"))
 
 
+def check_folder() -> None:
+    """End a script in one line where its current folder was removed."""
+    try:
+        os.getcwd()
+    except OSError:
+        os.write(2, b"error: the current folder was removed; change to one that is there (cd)\n")
+        sys.exit(2)
+
+
 if is_script():
+    check_folder()
     # The C++ code's warnings are stack traces: of a store that is gone, of a host without a name.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 if is_script() and threading.current_thread() is threading.main_thread():

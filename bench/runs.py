@@ -47,6 +47,7 @@ class Run:
         self.folder, self.options, self.rank, self.world = folder, options, rank, world
         self.found = {"processes": world} | digests     # beside options; both go to config.yaml
         self.start, self.skipped, self.begun = 0, 0, time.time()
+        self.cwd = os.getcwd()                          # it may be removed while this runs
         self.lock = self.validation = None              # a script may set one, bench/validation.py
         self.saved = None                               # and this, optim.Saved
         if options.tensorboard:
@@ -134,7 +135,7 @@ class Run:
     def record(self) -> dict:
         """What config.yaml tells of this run."""
         seconds = (self.before or {}).get("seconds", 0) + time.time() - self.begun
-        here = {"cwd": os.getcwd(), "seconds": round(seconds, 1), "versions": machine.versions()}
+        here = {"cwd": self.cwd, "seconds": round(seconds, 1), "versions": machine.versions()}
         return vars(self.options) | self.found | here
 
     def resume(self, parameters: dict, optimizer) -> int:

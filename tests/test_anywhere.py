@@ -1,4 +1,4 @@
-"""Scripts are started by their paths from any current folder."""
+"""Scripts are started by their paths from any current folder, and one that was removed is told in one line."""
 import os
 import subprocess
 import sys
@@ -43,3 +43,25 @@ def test_what_goes_on_with_a_run_names_the_launcher_by_its_path_where_it_is_not_
     assert machine.command_line().startswith("python -m bench.launch --nproc-per-node 2 ")
     monkeypatch.chdir(tmp_path)
     assert machine.command_line().startswith(f"python {ROOT}/bench/launch.py --nproc-per-node 2 ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_current_folder_that_was_removed_is_one_line(tmp_path, script):
+    (tmp_path / "gone").mkdir()
+    done = help_of(ROOT / script, cwd=tmp_path / "gone", before='rmdir "$PWD"')
+    assert done.returncode == 2 and not done.stdout
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("shell-init")]     # bash's own
+    assert len(lines) == 1 and lines[0].startswith("error: the current folder was removed"), done.stderr
+
+
+def test_a_current_folder_that_is_removed_while_a_run_is_at_work_costs_it_nothing(finished, tmp_path, monkeypatch):
+    project = finished.copy(tmp_path / "runs", ["meta"])
+
+    def removed():
+        def getcwd():
+            raise FileNotFoundError(2, "No such file or directory")
+        monkeypatch.setattr(os, "getcwd", getcwd)
+    at_step(monkeypatch, 1, removed)
+    project.run("pretrain")
+    monkeypatch.undo()
+    assert project.record("pretrain")["finished"] and project.record("pretrain")["cwd"] == str(ROOT)

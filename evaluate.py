@@ -336,8 +336,15 @@ def describe(loaded, wanted: list[str], before: dict) -> dict:
         official = options.bench == "sni" and report.is_official(options.split, listed)
         if official and set(wanted) - HEURISTICS:
             published = report.published_sni(loaded.tagi.llm.config)
+    # Which checkpoint, from here, so that both can be moved; copied answers are of none.
+    evaluated = {key: before[key] for key in ("checkpoint", "step") if key in before}
+    if set(wanted) - HEURISTICS:
+        place = os.path.relpath(os.path.realpath(loaded.checkpoint), os.path.realpath(options.out))
+        step = common.read_record(loaded.checkpoint).get("step")
+        evaluated = {"checkpoint": place, "step": step}
     return {"bench": options.bench, "split": options.split, "tasks": len(tasks),
-            "listed": len(listed), "published": published, "versions": machine.versions()}
+            "listed": len(listed), "published": published, "versions": machine.versions(),
+            **evaluated}
 
 
 @common.command

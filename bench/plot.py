@@ -5,7 +5,8 @@
     python -m bench.plot runs/a/finetune --terms loss,grad_norm
 
 A run is a stage's folder with its log.jsonl. Scores are those that evaluate.py left for its
-checkpoints (results.json beside the stage's folder or in it), each at its checkpoint's step.
+checkpoints, step-000500, best or the last, each at its checkpoint's step: results.json in a folder
+beside the stage's or in it, and those that were set aside there for a later checkpoint's.
 Needs matplotlib.
 """
 import glob
@@ -96,24 +97,36 @@ def is_number(value) -> bool:
 # ---------------------------------------------------------------------------------------- scores
 
 def read_scores(folder: str) -> dict:
-    """{metric: {row: curve}} of the evaluations of this run's checkpoints, definition alone."""
+    """{metric: {row: curve}} of the evaluations of this run's checkpoints, definition alone.
+
+    A metric is one of SCORES; of other tasks than those of the test, "metric, split".
+    """
     above = os.path.dirname(os.path.abspath(folder))
-    paths = []
-    for pattern in ("*/results.json", "*/*/results.json"):
-        paths += sorted(glob.glob(f"{glob.escape(above)}/{pattern}"))
     scores = {metric: {} for metric in SCORES}
-    for path in paths:
+    for path in results_below(above):
         try:
             checkpoint = checkpoint_of(path, above, folder)
             if checkpoint is None:
                 continue
-            step, results = read_results(path, checkpoint)
+            step, split, results = read_results(path, checkpoint)
         except UserError as error:              # the curves are there without it
             print(f"left out: {error}")
             continue
         for (row, metric), value in results.items():
-            scores[metric].setdefault(row, {})[step] = value
+            metric += "" if split == "test" else f", {split}"
+            scores.setdefault(metric, {}).setdefault(row, {})[step] = value
     return scores
+
+
+def results_below(folder: str) -> list[str]:
+    """Evaluations' results; those first that were set aside, as results.json.1, for later ones."""
+    found = {}                                  # path -> its number
+    for pattern in ("*/results.json*", "*/*/results.json*"):
+        for path in sorted(glob.glob(f"{glob.escape(folder)}/{pattern}")):
+            number = os.path.basename(path).removeprefix("results.json")
+            if number == "" or re.fullmatch(r"\.\d+", number):
+                found[path] = int(number[1:]) if number else math.inf
+    return sorted(found, key=found.get)
 
 
 def checkpoint_of(path: str, runs: str, folder: str) -> str | None:
@@ -121,37 +134,55 @@ def checkpoint_of(path: str, runs: str, folder: str) -> str | None:
 
     runs: the folder that holds the stage's, wherever it was when the evaluation was written.
     """
+    place = read_json(path).get("checkpoint")
+    if isinstance(place, str):                  # it may be gone since: its step is told, too
+        place = os.path.join(os.path.dirname(path), place)
+        return place if is_within(place, folder) else None
+    # Earlier ones do not tell. What is beside them is of the newest evaluation there.
     beside = os.path.join(os.path.dirname(path), "config.yaml")
-    if not os.path.isfile(beside):
+    if not path.endswith(".json") or not os.path.isfile(beside):
         return None
     options = common.read_yaml(beside, "evaluate again")
     then = str(options.get("runs") or runs)
     checkpoint = str(options.get("checkpoint") or os.path.join(then, "finetune"))
     moved = os.path.join(runs, os.path.relpath(checkpoint, then))
     place = checkpoint if os.path.exists(checkpoint) else moved
-    within = os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
-    if within.split(os.sep)[0] == os.pardir or not os.path.isfile(f"{place}/config.yaml"):
-        return None
-    return place
+    is_ours = is_within(place, folder) and os.path.isfile(f"{place}/config.yaml")
+    return place if is_ours else None
 
 
-def read_results(path: str, checkpoint: str) -> tuple[int, dict]:
-    """(the checkpoint's step, {(row, metric): value})."""
-    found = {}
+def is_within(path: str, folder: str) -> bool:
+    between = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    return between.split(os.sep)[0] != os.pardir
+
+
+def read_json(path: str) -> dict:
+    """What an evaluation's results.json holds; {} where it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            told = json.load(f)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def read_results(path: str, checkpoint: str) -> tuple[int, str, dict]:
+    """(the checkpoint's step, the split of the tasks, {(row, metric): value})."""
+    found, told = {}, read_json(path)
     with named_file(path, "evaluate again"):
         try:
-            step = int(common.read_yaml(f"{checkpoint}/config.yaml", "evaluate again")["step"])
-            with open(path, encoding="utf-8") as f:
-                results = json.load(f)["results"]
-            for result in results:
+            step = told.get("step")
+            if step is None:                    # it was not told, once
+                step = common.read_record(checkpoint)["step"]
+            for result in told["results"]:
                 row = result["key"]
                 if row in ("tagi", "tagi_shuffled") and not result["demos"]:
                     for metric in SCORES:
                         if is_number(result[metric]):
                             found[row, metric] = float(result[metric])
-        except (TypeError, RecursionError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"no results of an evaluation: {error}") from None
-    return step, found
+    return int(step), str(told.get("split", "test"))[:40], found
 
 
 # --------------------------------------------------------------------------------------- picture
@@ -179,9 +210,11 @@ def panels_of(runs: dict, terms: list[str] | None) -> dict:
                     if name in its_terms:
                         curves = panels.setdefault(term.replace("_", " "), [])
                         curves.append((n, name in wrong, its_terms[name]))
-    for metric, title in SCORES.items():
-        for n, (_, scores) in enumerate(runs.values()):
-            for row, curve in scores[metric].items():
+    for n, (_, scores) in enumerate(runs.values()):
+        for metric, rows in scores.items():
+            name, _, split = metric.partition(", ")
+            title = SCORES[name] + (f", {split} tasks" if split else "")
+            for row, curve in rows.items():
                 panels.setdefault(title, []).append((n, row == "tagi_shuffled", curve))
     if not panels:
         raise UserError("these logs have no loss; choose with --terms among "

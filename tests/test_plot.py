@@ -1,12 +1,15 @@
 """Pictures of training runs: what is read of logs and scores, in whatever state a run left them, and what is drawn."""
 import json
+import shutil
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 pytest.register_assert_rewrite("stages")
+pytest_plugins = ("stages",)
 from bench import plot
 from stages import call
 
@@ -156,6 +159,39 @@ def test_scores_go_with_runs_that_were_moved(runs, tmp_path):
     write_checkpoint(runs[0], 3)
     write_evaluation(tmp_path / "a" / "evaluate", [result("tagi", 60.0)], runs="runs/then", checkpoint="runs/then/finetune")
     assert plot.read_scores(str(runs[0]))["exact_match"] == {"tagi": {3: 60.0}}
+
+
+def test_evaluations_of_several_checkpoints_are_drawn_over_their_steps(finished, tmp_path):
+    """Of one under way and of the last: also where the first is gone since, and its results set aside."""
+    project = finished.copy(tmp_path / "runs")
+    flags, run = ["--rows=tagi", "--no-cost", "--eval-instances=1", "--max-output=2"], project.runs / "longer"
+    project.run("finetune", "--name=longer", "--steps=3")
+    shutil.copytree(run, run / "step-000001", ignore=shutil.ignore_patterns("step-*"))
+    record = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "step-000001" / "config.yaml").write_text(yaml.safe_dump(record | {"step": 1, "llm_path": "../../meta"}))
+    weights = load_file(run / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, run / "step-000001" / "model.safetensors")
+    for checkpoint in ("step-000001", "."):
+        project.run("evaluate", "--checkpoint", run / checkpoint, *flags)
+    told = json.loads((project.runs / "evaluate" / "results.json.1").read_text())
+    assert (told["checkpoint"], told["step"]) == ("../longer/step-000001", 1)
+    project.run("evaluate", "--rows=copy_input", "--eval-instances=1", "--max-output=2")      # of no checkpoint: it stays
+    shutil.rmtree(run / "step-000001")
+    scores = plot.read_scores(str(run))
+    assert {metric: list(rows["tagi"]) for metric, rows in scores.items()} == {"exact_match": [1, 3], "rouge_l": [1, 3]}
+    moved = project.runs.rename(tmp_path / "moved")
+    assert plot.read_scores(str(moved / "longer")) == scores
+
+
+def test_scores_of_other_tasks_are_drawn_by_themselves(runs, tmp_path):
+    for n, split in enumerate(("test", "validation")):
+        folder = tmp_path / "a" / f"evaluate-{n}"
+        folder.mkdir()
+        told = {"results": [result("tagi", 50.0 + n)], "split": split, "checkpoint": "../finetune/step-000002", "step": 2}
+        (folder / "results.json").write_text(json.dumps(told))
+    panels = plot.panels_of({"a": (plot.read_log(str(runs[0])), plot.read_scores(str(runs[0])))}, None)
+    assert panels["exact match"] == [(0, False, {2: 50.0})] and panels["exact match, validation tasks"] == [(0, False, {2: 51.0})]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"results": 3}', '{"results": [3]}', '{"results": [{"demos": 0}]}', "null"])

@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
 import config
 import data
 import lora
@@ -53,10 +52,13 @@ def teachers(section, args):
 
     def at_once(options):
         # Of a run only what training a group reads: it keeps no log and saves nothing.
-        run = types.SimpleNamespace(options=options, folder="unused", rank=0, record=dict,
+        run = types.SimpleNamespace(options=options, folder="unused", record=dict, log=mock.Mock(),
                                     stop=types.SimpleNamespace(asked=0))
-        with mock.patch.object(common, "Log"), mock.patch.object(lora, "save_teacher"):
-            train_teacher.train_group(run, ours, tokenizer, names, tasks_of)
+        writers = {name: mock.DEFAULT for name in ("save_step", "sweep", "save_teacher")}
+        with mock.patch.multiple(train_teacher, **writers):
+            lost = train_teacher.train_group(run, ours, tokenizer, 0, names, tasks_of, {})
+        if lost or run.log.call_count != steps:
+            raise SystemExit(f"{run.log.call_count} of {steps} steps, {len(lost)} teachers lost")
 
     def one_after_another(options):
         for n, name in enumerate(names):

@@ -1,0 +1,29 @@
+"""The benchmarks that are run by hand still call the code as it is."""
+import types
+
+import pytest
+
+pytest.register_assert_rewrite("stages")
+pytest_plugins = ("stages",)
+from stages import ROOT
+
+
+def test_teachers_are_trained_beside_pefts(finished, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    for folder in ("tests", "tests/benchmarks"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    import training
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sample").symlink_to(finished.data)
+    monkeypatch.setattr(training, "ROOT", tmp_path)
+    ran = []
+
+    def compare(case, ways, rounds):
+        for way, run in ways.items():
+            if case == "batch 1":
+                run()
+                ran.append(way)
+        return dict.fromkeys(ways, 1.0)
+    section = types.SimpleNamespace(compare=compare, add_column=lambda *args: None)
+    training.teachers(section, types.SimpleNamespace(size="tiny", device="cpu"))
+    assert ran == ["PEFT, one after another", "ours, at once"]

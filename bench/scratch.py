@@ -24,8 +24,10 @@ import itertools
 import os
 import random
 import re
+import sys
 from collections import Counter
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # started by path
 import common
 import config
 import data

@@ -163,7 +163,7 @@ def change_tensor(rng, x: torch.Tensor) -> torch.Tensor:
     if way == 3:
         return x.new_zeros(rng.choice([(0,), (1,), (2, 3, 4), (*x.shape, 2)]))
     if way == 4:
-        return -x
+        return ~x if x.dtype == torch.bool else -x
     if x.numel() and x.is_floating_point():
         x.view(-1)[rng.randrange(x.numel())] = rng.choice([float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 1e5])
     return x

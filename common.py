@@ -163,7 +163,7 @@ def init_processes(device: str, minutes: float = 30) -> tuple[int, int]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        patience = datetime.timedelta(minutes=minutes + 2)      # runs.Watch ends it before, by name
+        patience = datetime.timedelta(minutes=minutes + 2)     # watch.Watch ends it before, by name
         backend = "nccl" if device == "cuda" else "gloo"
         with meeting():
             store, rank, world = next(dist.rendezvous("env://", timeout=patience))
@@ -185,7 +185,7 @@ def tell_once(error: UserError) -> None:
     print(one_line(f"error: {error}", encoding=encoding), file=sys.stderr, flush=True)
 
 
-progress = 0        # meetings and steps that this process has begun: by it, Watch sees who is silent
+progress = 0        # meetings and steps that this process has begun: Watch sees who is silent
 
 
 @contextlib.contextmanager
@@ -354,7 +354,7 @@ def flush(path: str) -> None:
 
 
 def checkpoints_of(folder: str) -> dict[str, int]:
-    """The complete checkpoints of a stage, {folder: step}: its own folder, step-… in it; in order."""
+    """A stage's complete checkpoints, {folder: step}: its own folder, step-… in it; in order."""
     found = {}
     for path in glob.glob(f"{glob.escape(folder)}/step-*/config.yaml"):
         number = os.path.basename(os.path.dirname(path)).removeprefix("step-")
@@ -373,7 +373,7 @@ def checkpoint_of(folder: str) -> str | None:
 
 
 def read_record(folder: str) -> dict:
-    """A run folder's config.yaml, whose step and finished, where it has them, are what they should."""
+    """A run folder's config.yaml, whose step and finished are, if there, what they should be."""
     path, remedy = f"{folder}/config.yaml", "it is no checkpoint, or damaged: train it again"
     record = read_yaml(path, remedy)
     step, finished = record.get("step", 0), record.get("finished", False)

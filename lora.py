@@ -236,7 +236,8 @@ class Adapter:
 
     def __repr__(self):
         rank = next(iter(self.weights.values()))[0].shape[1] if self.weights else 0
-        return f"Adapter({len(self)} task{'s' * (len(self) != 1)}, rank {rank}, scale {self.scale:g})"
+        plural = "" if len(self) == 1 else "s"
+        return f"Adapter({len(self)} task{plural}, rank {rank}, scale {self.scale:g})"
 
     def select(self, index) -> "Adapter":
         """Rows for a mixed batch: row index[n] for instance n; a list or tensor of N integers."""
@@ -283,7 +284,7 @@ class Adapter:
             for adapter, w in pairs:
                 A.append(adapter.weights[site][0])
                 B.append(adapter.weights[site][1] * (w * adapter.scale))
-            combined[site] = torch.cat(A, 1), torch.cat(B, 2)       # (1, n·r, D_in), (1, D_out, n·r)
+            combined[site] = torch.cat(A, 1), torch.cat(B, 2)   # (1, n·r, D_in), (1, D_out, n·r)
         fusion = []
         for l in range(len(first.fusion)):
             keys = [adapter.fusion[l][0] for adapter, _ in pairs]
@@ -363,7 +364,8 @@ class Adapter:
                "embeddings": model.embedding_delta is not None}
         lost = [part for part in parts if has[part]]
         if lost and not lossy:
-            raise UserError(f"{' and '.join(lost)} would be lost, being no LoRA: --save the adapter, "
+            lost = " and ".join(lost)
+            raise UserError(f"{lost} would be lost, being no LoRA: --save the adapter, "
                             "use a checkpoint of --fusion none --no-train-embeddings, or --lossy")
         if len(self) != 1 or self.weights is None:
             raise UserError("this takes the LoRA of one task; select one")
@@ -378,14 +380,15 @@ class Adapter:
         r = next(iter(self.weights.values()))[0].shape[1]       # a combination's is larger
         alpha = options.alpha / options.rank * r * self.scale
         with new_folder(folder) as unfinished:
+            norms = export.scaled_norms(model.llm, model.norm_gains)
             export.write_peft(unfinished, model.llm_path, select(self.weights, 0), alpha,
-                          options.targets.split(","), export.scaled_norms(model.llm, model.norm_gains))
+                              options.targets.split(","), norms)
             text = export.card(task, model, f"{r}, {alpha:g}, {self.scale:g}",
                            lost, as_trained=self.scale == 1 and "combined" not in task)
             common.write_text(f"{unfinished}/README.md", text)
 
     def merge_into_t5(self, folder: str, lossy: bool = False) -> None:
-        """Write the frozen LLM, this LoRA, gains and embeddings as a plain T5; raises as `export`."""
+        """Write the frozen LLM, this LoRA, gains, embeddings as a plain T5; raises as `export`."""
         model, _ = self._for_others(lossy, ["fusion"])          # embeddings are not lost here
         # The frozen LLM holds the adapter only while it is written.
         with new_folder(folder) as unfinished:
@@ -398,7 +401,7 @@ class Adapter:
 
 
 def check_shapes(states, mask, fusion, weights) -> None:
-    """Raises ValueError where a file's tensors are not those of one adapter; a digest has no shapes."""
+    """Raises ValueError where a file's tensors are not of one adapter; a digest has no shapes."""
     K, S = mask.shape
     D = states.shape[-1]
     fine = mask.dtype == torch.bool and states.shape == (K, S, D)

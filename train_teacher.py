@@ -270,8 +270,8 @@ def train_lora(options, run):
     lost = sorted(set().union(*common.gather_over_ranks(lost)))
     if lost:
         raise UserError(f"{len(lost)} of {len(teachers)} teachers met numbers that are not finite: "
-                        f"{', '.join(lost)[:100]}; the others are finished; go on with --on-nan skip, "
-                        "or start over with --fresh and a lower --lr")
+                        f"{', '.join(lost)[:100]}; the others are finished; go on with --on-nan "
+                        "skip, or start over with --fresh and a lower --lr")
     if run.rank == 0:
         save_record(run, options.steps, finished=True)
         remove_groups(run.folder)
@@ -279,7 +279,7 @@ def train_lora(options, run):
 
 
 def train_group(run, llm, tokenizer, start, group, tasks_of, under_way, tagi=None):
-    """Train U independent teachers from step `start`, in batches that mix them; those that are lost.
+    """Train U independent teachers from step `start`, in mixed batches; those that are lost.
 
     under_way: where their weights are, as `find_progress` tells; else a given TAGI generates them.
     """

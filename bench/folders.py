@@ -13,19 +13,19 @@ import common
 from bench import machine
 from common import UserError
 
-# ----------------------------------------------------------------------------- what the disk refuses
+# ---------------------------------------------------------------------------- what the disk refuses
 
 @contextlib.contextmanager
 def writing(folder: str):
-    """Within: what the disk refuses of this folder's files becomes a UserError that names the file."""
+    """Within: what the disk refuses of this folder's files is a UserError that names the file."""
     try:
         yield
     except Exception as error:
         if not is_disks(error):
             raise
         path = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder
-        raise UserError(f"{path} cannot be written: {reason_of(error)}; make room, or move away what "
-                        f"is there; what was saved is as it was: {machine.again()}") from None
+        raise UserError(f"{path} cannot be written: {reason_of(error)}; make room, or move away "
+                        f"what is there; what was saved is as it was: {machine.again()}") from None
 
 
 def in_one_line(function):
@@ -38,7 +38,8 @@ def in_one_line(function):
 
 
 def is_disks(error: Exception) -> bool:
-    """Whether it may come of a full disk, or of what is there: PyTorch and tokenizers have no own."""
+    """Whether it may come of a full disk, or of what is there."""
+    # PyTorch and tokenizers have no errors of their own.
     return isinstance(error, (OSError, SafetensorError, RuntimeError)) or type(error) is Exception
 
 
@@ -186,7 +187,7 @@ def remove_groups(folder: str) -> None:
             remove_ours(path)
 
 
-# ------------------------------------------------------------------------------- what files are ours
+# ------------------------------------------------------------------------------ what files are ours
 
 # Names that this program gives to files in a stage's folder and its checkpoints.
 OURS = {"run.yaml", "config.yaml", "model.safetensors", "optimizer.pt", "log.jsonl", ".lock",
@@ -224,7 +225,8 @@ def is_ours(folder: str) -> bool:
     """Whether a run of this program made this folder; also where nothing is there yet."""
     if not os.path.isdir(folder):                       # a link to a folder is one
         return not os.path.lexists(folder)
-    # Names alone do not tell: an LLM of somebody else's has the same. So a run marks its folder first.
+    # Names alone do not tell: an LLM of somebody else's has the same. So a run first marks its
+    # folder.
     if all(name in BEGUN or name.startswith(OUR_FOLDERS) for name in os.listdir(folder)):
         return True
     return "go_on_with" in record_in(folder, "run.yaml") or "finished" in record_in(folder)
@@ -232,7 +234,7 @@ def is_ours(folder: str) -> bool:
 
 @in_one_line
 def remove_ours(folder: str) -> None:
-    """Remove what this program wrote into this folder, config.yaml first, and it if nothing is left."""
+    """Remove what this program wrote into this folder, config.yaml first; it, too, once empty."""
     if not os.path.isdir(folder):
         return
     if os.path.isfile(f"{folder}/config.yaml"):         # without it the rest is no checkpoint
@@ -249,7 +251,7 @@ def remove_ours(folder: str) -> None:
 
 
 def put_beside(path: str, target: str) -> None:
-    """Make `target` the same file as `path`, in one step: by a link, or a copy where there are none."""
+    """Make `target` the same file as `path`, in one step: by a link, else by a copy."""
     if os.path.exists(target) and os.path.samefile(path, target):
         return
     temporary = f"{target}.tmp"
@@ -264,7 +266,7 @@ def put_beside(path: str, target: str) -> None:
 
 
 def move_config(source: str, target: str, old: str, new: str) -> None:
-    """Write source's config.yaml to target, its relative path from `new` where it was from `old`."""
+    """Write source's config.yaml to target, its relative path from `new`, which was from `old`."""
     record = common.read_yaml(f"{source}/config.yaml", "train this stage again with --fresh")
     if record.get("llm_is_relative"):
         path = os.path.join(os.path.realpath(old), record["llm_path"])

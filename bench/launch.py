@@ -4,7 +4,7 @@
 
 takes all of torchrun's options and runs its code. What differs:
 - SIGINT, SIGTERM and SIGHUP, once or more often, are one stop: the ranks get a SIGTERM, and as long
-  as they need to save (torchrun kills them after 30 seconds, and a second signal leaves them alone).
+  as they need to save (torchrun kills them after 30 seconds, and on a second signal leaves them).
 - The exit code is the ranks': 130 after a stop, 2 after a user's mistake, 1 after a crash. Nothing
   is printed beside what they print, but which of them was killed.
 - --max-restarts is for crashes and killed ranks: a stop and a mistake of the user's end all.
@@ -38,7 +38,8 @@ class Launcher:
     """
 
     def __init__(self, args):
-        self.patience = getattr(args, "shutdown_timeout", None)     # seconds; absent in PyTorch 2.11
+        # Seconds; absent in PyTorch 2.11.
+        self.patience = getattr(args, "shutdown_timeout", None)
         self.stops = []             # what asks for a stop; SLURM may be told to send SIGUSR1
         for name in args.signals_to_handle.split(","):
             number = getattr(signal, name.strip(), None)
@@ -109,8 +110,9 @@ def tell_killed(codes: dict[int, int]) -> None:
     """Which rank was killed: no one else says it."""
     for rank, code in sorted(codes.items()):
         if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
-            print(f"error: rank {rank} was killed by {signal.Signals(-code).name} (out of memory?); "
-                  "the newest checkpoint is as it was", file=sys.stderr, flush=True)
+            name = signal.Signals(-code).name
+            print(f"error: rank {rank} was killed by {name} (out of memory?); the newest "
+                  "checkpoint is as it was", file=sys.stderr, flush=True)
 
 
 def code_of(codes: dict[int, int]) -> int:
@@ -161,8 +163,8 @@ def main(argv=None):
         sys.exit(128 + quit.sigval)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"the ranks cannot be started: {reason}; see --rdzv-endpoint, --master-port "
-                        "and --local-addr") from None
+        raise UserError(f"the ranks cannot be started: {reason}; see --rdzv-endpoint, "
+                        "--master-port and --local-addr") from None
 
 
 if __name__ == "__main__":

@@ -35,8 +35,10 @@ WRITER = "TAGI bench.plot"                      # in a picture: it may be replac
 
 def parser():
     p = config.Parser(__doc__)
-    p.add_argument("run", nargs="+", type=config.beside, help="folders of stages, or of runs that hold some")
-    p.add_argument("--out", type=config.path, default="curves.svg", help="the picture, .svg or .png")
+    p.add_argument("run", nargs="+", type=config.beside,
+                   help="folders of stages, or of runs that hold some")
+    p.add_argument("--out", type=config.path, default="curves.svg",
+                   help="the picture, .svg or .png")
     p.add_argument("--terms", help="what to draw, as the logs name it, with commas between; "
                                    "default: all losses")
     return p

@@ -53,8 +53,8 @@ class Run:
         if options.tensorboard:
             board.summary_writer()                      # refuses before anything is read
         if not is_ours(folder):
-            raise UserError(f"{folder} holds files that are not of this program's runs, and none of "
-                            "them is to be replaced; choose another --name or --runs")
+            raise UserError(f"{folder} holds files that are not of this program's runs, and none "
+                            "of them is to be replaced; choose another --name or --runs")
         self.take_lock()
         # before: config.yaml of a run to go on with
         self.before = self.source = None
@@ -70,10 +70,11 @@ class Run:
             self._check_processes()
             batch, ranks = batch * world, f"{world} ranks x "
         if rank == 0:
+            versions = [f"{name} {version}" for name, version in machine.versions().items()]
             print(f"{folder}: {options.steps} steps, effective batch {batch} = {ranks}"
                   f"{options.tasks} tasks x {options.instances} instances x {options.accumulate} "
                   f"micro-batches, seed {options.seed} "
-                  f"({', '.join(f'{name} {version}' for name, version in machine.versions().items())})")
+                  f"({', '.join(versions)})")
 
     def take_lock(self) -> None:
         """Of the folder, where it is there: one run at a time. It goes with the process."""
@@ -84,8 +85,8 @@ class Run:
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another run is at work in {self.folder}; wait for it to end, or choose "
-                            "another folder with --name") from None
+            raise UserError(f"another run is at work in {self.folder}; wait for it to end, or "
+                            "choose another folder with --name") from None
 
     def _is_done(self) -> bool:
         before, options = self.before, self.options
@@ -186,13 +187,13 @@ class Run:
                             f"{ours.get(key)}; give all the same options, data and LLM")
 
     def _describe(self) -> None:
-        """run.yaml: how each run in this folder was started, on what; it marks the folder as ours."""
+        """run.yaml: how each run in this folder was started; it marks the folder as ours."""
         path, runs = f"{self.folder}/run.yaml", []
         if os.path.isfile(path):
             with common.named_file(path, "remove it"):
                 runs = [*common.read_yaml(path, "remove it").get("runs", [])]
-        runs.append({"command": machine.command_line(), "from_step": self.start, "processes": self.world,
-                     "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        runs.append({"command": machine.command_line(), "from_step": self.start,
+                     "processes": self.world, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                      "versions": machine.versions()} | machine.hardware(self.options.device))
         with writing(path):
             told = {"go_on_with": machine.command_line(going_on=True), "runs": runs}
@@ -202,7 +203,7 @@ class Run:
         """Whether this step, counted from 0, may be taken: loss and gradient norm are finite.
 
         With --on-nan skip a step that may not is counted and left out; else UserError is raised,
-        which names the tasks. loss: this rank's share; dealt(): what its micro-batches were made of.
+        which names the tasks. loss: this rank's share; dealt(): what its micro-batches are made of.
         """
         loss, = common.sum_over_ranks([loss], self.options.device)
         if math.isfinite(loss) and math.isfinite(norm):
@@ -214,9 +215,10 @@ class Run:
         if self.options.on_nan == "skip":
             return False
         kept = os.path.basename(common.checkpoint_of(self.folder) or "no checkpoint yet")
-        raise UserError(f"{os.path.basename(self.folder)}, step {step + 1}: loss {loss:.3g}, gradient "
-                        f"norm {norm:.3g}, with {', '.join(tasks)[:100]} (log.jsonl lists all); last "
-                        f"good: {kept}; --on-nan skip goes on, a lower --lr needs --fresh")
+        name = os.path.basename(self.folder)
+        raise UserError(f"{name}, step {step + 1}: loss {loss:.3g}, gradient norm {norm:.3g}, with "
+                        f"{', '.join(tasks)[:100]} (log.jsonl lists all); last good: {kept}; "
+                        "--on-nan skip goes on, a lower --lr needs --fresh")
 
     def after_step(self, step: int, lr: float, terms: dict, stopping: bool, save, norm: float,
                    tokens: float):
@@ -268,8 +270,9 @@ class Run:
         then = NEXT[self.options.stage].format(folder=self.folder)
         name, _, rest = then.partition(" ")
         if self.rank == 0:
-            print(f"{self.folder}: finished after {self.record()['seconds']:.0f} s and saved; next: "
-                  f"python {config.script(name)} {rest}{t5.config_flag(self.options)}")
+            seconds = self.record()["seconds"]
+            print(f"{self.folder}: finished after {seconds:.0f} s and saved; next: python "
+                  f" {config.script(name)} {rest}{t5.config_flag(self.options)}")
             if self.validation is not None:
                 print(self.validation.tell())
         self.stop.leave_if_asked(self.options.device)
@@ -323,7 +326,8 @@ class Log:
         speed = self.tokens / max(now - self.since, 1e-9)
         self.tokens, self.since = 0, now
         values |= {name: rounded(v) for name, v in (more or {}).items()}
-        values |= {"tokens_per_second": rounded(speed), "peak_gib": rounded(machine.peak_memory(self.device)),
+        values |= {"tokens_per_second": rounded(speed),
+                   "peak_gib": rounded(machine.peak_memory(self.device)),
                    "seconds": round(now - self.begun, 2)}
         self.note({"step": step, "lr": lr} | values)
 
@@ -336,7 +340,7 @@ class Log:
             self.board.add(line)
 
     def validated(self, step: int, losses: dict, seconds: float) -> None:
-        """Write what a validation found, whose seconds are none of training, and go on telling it."""
+        """Write what a validation found, whose seconds are none of training, and tell it on."""
         self.since += seconds
         self.told = {name: rounded(v) for name, v in losses.items()}
         self.bar.set_postfix(self.told)

@@ -81,8 +81,8 @@ def rows_of(stacked: lora.Weights, index) -> lora.Weights:
 def load_start(options, run, path, tasks_of):
     """The TAGI of --init-from. Raises UserError where it generates no start for these teachers."""
     if max(map(len, tasks_of.values())) > 1:    # a mean of products B·A is no such product
-        raise UserError(f"--init-from needs one task a teacher, unlike --unit {options.unit}; choose "
-                        "--unit task")
+        raise UserError(f"--init-from needs one task a teacher, unlike --unit {options.unit}; "
+                        "choose --unit task")
     folder = options.init_from
     tagi = TAGI.load(folder, options.device, options.precision)
     config.check_fits(run.record(), folder, vars(tagi.options), ("rank", "alpha", "targets"), path,
@@ -126,7 +126,7 @@ def load_kl_teacher(options, run, llm_path, tagi):
     return teacher.requires_grad_(False).eval()
 
 
-# ------------------------------------------------------------ teachers that are trained side by side
+# ----------------------------------------------------------- teachers that are trained side by side
 
 def find_progress(folder: str, teachers: list[str]) -> dict[str, tuple[int, str, int | None]]:
     """teacher -> (its step, the checkpoint that holds it, its row there, None in one of its own).

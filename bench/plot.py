@@ -250,7 +250,7 @@ def draw(names: list[str], panels: dict, kind: str) -> bytes:
     for place in axes[len(panels):]:
         place.set_axis_off()
     for place, (title, curves) in zip(axes, panels.items()):
-        place.set_title(plain(title), fontsize=10, loc="left")
+        place.set_title(terminal.label(title), fontsize=10, loc="left")
         place.set_xlabel("step", fontsize=8)
         place.set_xlim(0, 1.02 * last)
         place.tick_params(labelsize=8)
@@ -262,7 +262,7 @@ def draw(names: list[str], panels: dict, kind: str) -> bytes:
                        linestyle="--" if is_wrong else "-", marker="o" if len(steps) < 5 else "",
                        markersize=3)
     lines = [Line2D([], [], color=f"C{n % 10}") for n in range(len(names))]
-    labels = [plain(name) for name in names]
+    labels = [terminal.label(name) for name in names]
     if any(is_wrong for curves in panels.values() for _, is_wrong, _ in curves):
         lines.append(Line2D([], [], color="grey", linestyle="--"))
         labels.append("with another task's instruction")
@@ -271,13 +271,8 @@ def draw(names: list[str], panels: dict, kind: str) -> bytes:
     # Text stays text, and the same curves make the same file.
     metadata = {"Creator": WRITER, "Date": None} if kind == "svg" else {"Software": WRITER}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "plot"}):
-        figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
+        terminal.save_picture(figure, picture, format=kind, dpi=150, metadata=metadata)
     return picture.getvalue()
-
-
-def plain(text: str) -> str:
-    """The text as matplotlib is to show it: no formulas, and no name that it keeps to itself."""
-    return ("./" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def check_ours(path: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 import common
 import config
-from bench import p3
+from bench import p3, terminal
 from bench.rouge import exact_match, rouge_l
 from common import UserError
 
@@ -266,17 +266,18 @@ def category_chart(results: dict, path: str) -> None:
         return
     demos = settings_of(results)[0]
     rows, metric, categories = by_category(results, demos)
+    categories = categories[:300 // len(rows)]                      # more is no picture
     places, height = np.arange(len(categories)), 0.8 / len(rows)
     figure = Figure(figsize=(8, 1 + 0.12 * len(categories) * len(rows)), layout="constrained")
     axes = figure.subplots()
     for n, r in enumerate(rows):
         values = [r["by_category"][metric].get(category, 0) for category in categories]
-        axes.barh(places + n * height, values, height, label=r["row"])
-    axes.set_yticks(places + 0.4 - height / 2, categories)
+        axes.barh(places + n * height, values, height, label=terminal.label(r["row"]))
+    axes.set_yticks(places + 0.4 - height / 2, [terminal.label(name) for name in categories])
     axes.invert_yaxis()
     axes.set_xlabel(f"{TITLES[metric]}, {SETTINGS.get(demos, 'all')}, {coverage(results)}")
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    terminal.save_picture(figure, path)
 
 
 def by_category(results: dict, demos) -> tuple[list[dict], str, list[str]]:

@@ -8,6 +8,8 @@ cosines are told of the whole update, and of what is left of it without the task
 import numpy as np
 import torch
 
+from bench import terminal
+
 AT_ONCE = 16                                    # adapters that are made at a time
 
 
@@ -99,7 +101,7 @@ def heat_map(similar, categories, path: str) -> bool:
         return False
     K = len(categories)
     starts = [k for k in range(K) if k == 0 or categories[k] != categories[k - 1]]
-    names = [categories[start] for start in starts]
+    names = [terminal.label(categories[start]) for start in starts]
     middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], K])]
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     axes = figure.subplots()
@@ -112,5 +114,5 @@ def heat_map(similar, categories, path: str) -> bool:
     axes.set_title("Cosine similarity of the tasks' LoRA updates, their mean taken off",
                    fontsize=10)
     figure.colorbar(image)
-    figure.savefig(path, dpi=110)
+    terminal.save_picture(figure, path, dpi=110)
     return True

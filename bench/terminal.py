@@ -1,8 +1,9 @@
-"""What people see: help with each default; output that is closed, full, or of few signs."""
+"""What people see: help with each default; output that is closed, full or of few signs; pictures."""
 import argparse
 import functools
 import os
 import sys
+import warnings
 
 from common import UserError
 
@@ -66,3 +67,17 @@ def write_help(text: str, stream) -> None:
     if not has_unicode(stream):
         text = text.translate(PLAIN).encode("ascii", "replace").decode()
     stream.write(text)
+
+
+def label(text: str) -> str:
+    """A name as matplotlib is to show it: no formulas, none that it keeps to itself, none too long."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = text if len(text) <= 80 else f"{text[:38]} ... {text[-38:]}"
+    return ("./" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def save_picture(figure, target, **how) -> None:
+    """Write matplotlib's figure; a sign that its font has not is a box, without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")
+        figure.savefig(target, **how)

@@ -5,12 +5,13 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 pytest.register_assert_rewrite("stages")
 pytest_plugins = ("stages",)
-from bench import plot
+from bench import plot, report, similarity
 from stages import call
 
 
@@ -228,3 +229,19 @@ def test_without_matplotlib_one_line_says_what_to_install(runs, tmp_path, capsys
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install matplotlib" in refused(capsys, runs[0], "--out", tmp_path / "curves.svg")
+
+
+@pytest.mark.parametrize("name", ["$x_$", "$\\frac$", "_category", "東京", "a\0b\n", "long " * 20_000])
+def test_any_name_of_a_category_or_row_is_drawn_without_a_word(tmp_path, recwarn, name):
+    score = {"row": name, "demos": None, "by_category": {"rouge_l": {name: 50.0, "other": 20.0}}}
+    results = {"bench": "sni", "split": "rescored", "results": [score], "published": []}
+    report.category_chart(results, str(tmp_path / "categories.png"))
+    similarity.heat_map(torch.eye(3), [name, name, "other"], str(tmp_path / "similarity.png"))
+    for picture in ("categories.png", "similarity.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert not list(recwarn)
+
+
+def test_thousands_of_categories_are_drawn(tmp_path):
+    score = {"row": "r", "demos": None, "by_category": {"rouge_l": {str(n): 1.0 for n in range(6000)}}}
+    report.category_chart({"bench": "sni", "split": "rescored", "results": [score], "published": []}, str(tmp_path / "x.png"))

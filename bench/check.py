@@ -16,10 +16,10 @@ import sys
 import warnings
 from collections import Counter
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # started by path
+import common  # before PyTorch: Ctrl-C
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # started by path
-import common
 import config
 import data
 import t5

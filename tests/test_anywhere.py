@@ -11,7 +11,7 @@ from stages import ROOT, at_step, environment
 
 from bench import machine
 
-BENCH = ["bench/check.py", "bench/launch.py", "bench/plot.py", "bench/sample.py"]
+BENCH = ["bench/check.py", "bench/launch.py", "bench/plot.py", "bench/sample.py", "bench/scratch.py"]
 SCRIPTS = ["adapt.py", "evaluate.py", "train_hyper.py", "train_teacher.py", *BENCH]
 
 

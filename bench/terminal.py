@@ -1,4 +1,4 @@
-"""What people see: help with each default; output that is closed, full or of few signs; pictures."""
+"""What people see: help with each default; output that is closed, full, of few signs; pictures."""
 import argparse
 import functools
 import os
@@ -70,7 +70,7 @@ def write_help(text: str, stream) -> None:
 
 
 def label(text: str) -> str:
-    """A name as matplotlib is to show it: no formulas, none that it keeps to itself, none too long."""
+    """A name as matplotlib is to show it: no formula, none that it keeps for itself, not long."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     text = text if len(text) <= 80 else f"{text[:38]} ... {text[-38:]}"
     return ("./" if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -107,7 +107,7 @@ def get_options(argv=None):
             len(set(folders)) < len(folders) or any(map(os.path.lexists, folders)),
         "--lossy is for --export and --merge": o.lossy and not (o.export or o.merge),
         f"--inputs {o.inputs}: no such file":
-            o.inputs not in (None, "-") and not os.path.isfile(o.inputs)}
+            o.inputs not in (None, "-") and not os.path.exists(o.inputs)}     # a pipe is fine
     for reason, wrong in wrongs.items():
         if wrong:
             raise UserError(reason)
@@ -142,10 +142,13 @@ def read_inputs(options):
         return
     name, path = ("standard input", 0) if options.inputs == "-" else (options.inputs,) * 2
     with common.named_file(name, "give an input a line"), open(path, encoding="utf-8-sig") as f:
+        n = 0
         for n, line in enumerate(tqdm(f, disable=sys.stdout.isatty() or None), 1):
             if not line.strip():
                 raise ValueError(f"line {n} is empty")
             yield line.strip()
+        if n == 0 and path != 0:
+            raise ValueError("it is empty")
 
 
 def answer_all(tagi, adapter, options) -> None:
@@ -180,10 +183,14 @@ def answer_file(tagi, options) -> None:
 
 def prompt(text: str) -> str:
     print(text, end=": ", file=sys.stderr, flush=True)
+    if sys.stdin is None:                       # started with <&-
+        raise EOFError
     try:
-        return input().strip()
-    except UnicodeDecodeError:
+        answer = input().strip()
+        answer.encode()                         # in a C locale bytes that are no UTF-8 come as halves
+    except UnicodeError:
         raise UserError(f"this {text} is no text in UTF-8; type or send it again") from None
+    return answer
 
 
 def ask(tagi, options, adapter) -> None:

@@ -525,6 +525,17 @@ def test_an_empty_line_or_file_of_inputs_is_named(project, tmp_path):
     assert str(path) in line and "line 2 is empty" in line
     path.write_bytes(b"\xff\xfe\x00")
     assert str(path) in project.refuses("adapt", *ASK, "--inputs", path)
+    path.write_bytes(b"")
+    assert "it is empty" in project.refuses("adapt", *ASK, "--inputs", path)
+    assert str(tmp_path) in project.refuses("adapt", *ASK, "--inputs", tmp_path)
+
+
+def test_inputs_may_come_by_a_pipe_of_the_shells(project, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=["Anna went to Paris.\n"])
+    writer.start()
+    assert project.run("adapt", *ASK, "--inputs", tmp_path / "pipe").count("\n") == 1
+    writer.join()
 
 
 def test_an_adapter_whose_llm_is_elsewhere_names_it_and_takes_a_checkpoint(project, tmp_path):

@@ -240,6 +240,14 @@ def test_a_wrong_line_of_instructions_is_told_by_its_number(tmp_path):
 def test_a_typed_line_that_is_no_utf_8_is_refused(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert "this instruction is no text in UTF-8" in refused(adapt.prompt, "instruction")
+    c_locale = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", c_locale)
+    assert "this instruction is no text in UTF-8" in refused(adapt.prompt, "instruction")
+
+
+def test_a_closed_standard_input_ends_the_questions(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    adapt.ask(None, argparse.Namespace(), None)
 
 
 def test_paraphrases_with_a_task_twice_or_half_an_emoji_are_refused(tmp_path):

@@ -6,6 +6,7 @@ of half an emoji, which nothing can tokenize or write. A NUL that JSON writes ("
 like others; one that stands in the file itself tells that it is UTF-16, or no text.
 """
 import json
+import os
 import re
 import reprlib
 import warnings
@@ -161,6 +162,8 @@ def read_names(path: str, remedy: str) -> list[str]:
     found = {}                                  # name -> its line
     for n, line in enumerate(read_text(path, remedy).split("\n"), 1):
         for name in line.split():
+            if os.path.basename(name) != name:          # else one file has two names
+                raise UserError(f"{path}, line {n}: {name[:80]} is a path; write the name alone")
             if name in found:
                 raise UserError(f"{path}, line {n}: {name} is listed on line {found[name]} too; "
                                 "keep one")

@@ -250,6 +250,12 @@ def test_a_closed_standard_input_ends_the_questions(monkeypatch):
     adapt.ask(None, argparse.Namespace(), None)
 
 
+@pytest.mark.parametrize("name", ["./task1_city", "../tasks/task1_city", "/a/task1_city", "tasks/task2_day"])
+def test_a_path_in_a_split_is_refused_as_one_task_would_have_two_names(tmp_path, name):
+    root = write_sni(tmp_path, json.dumps(task()), f"task1_city\n{name}\n")
+    assert f"line 2: {name} is a path" in refused(data.load_sni, root)
+
+
 def test_paraphrases_with_a_task_twice_or_half_an_emoji_are_refused(tmp_path):
     path = tmp_path / "p.json"
     for text, said in (('{"a": "x",\n"a": "y"}', "line 2: the key a"), (json.dumps({"a": HALF}), "a: sign 6")):

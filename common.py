@@ -146,8 +146,9 @@ def write_atomically(path: str, write) -> None:
 
 def launched_processes() -> int:
     """How many processes were started together: torchrun's WORLD_SIZE, and 1 without a RANK."""
-    told = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(os.environ.get(name) for name in told):
+    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    told = all(os.environ.get(name, "").isdecimal() for name in numbers)
+    if not told or not os.environ.get("MASTER_ADDR"):
         return 1                                        # a cluster may set WORLD_SIZE for one, too
     return int(os.environ["WORLD_SIZE"])
 

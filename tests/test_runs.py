@@ -261,6 +261,9 @@ def test_a_cluster_that_sets_world_size_for_a_single_process_changes_nothing(mon
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert common.init_processes("cpu") == (0, 1)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "${UNSET}")                    # and others what torchrun never sets
+    assert common.init_processes("cpu") == (0, 1)
 
 
 def test_ranks_that_read_different_things_are_refused_before_the_first_step(finished, tmp_path, monkeypatch):

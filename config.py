@@ -117,6 +117,9 @@ def script(name: str) -> str:
 
 def plain_name(text):
     """The type of an option: the name of a folder, and no path."""
+    if re.fullmatch(r"(step|best)-\d+", text):
+        raise argparse.ArgumentTypeError(f"{text[:60]} is the name of a checkpoint in a stage's "
+                                         "folder; choose another")
     if not re.fullmatch(r"\w[\w.+=-]*", text):
         raise argparse.ArgumentTypeError(f"{text[:60]!a} is no plain name: letters, digits and "
                                          "_.+=- after the first, and no path")

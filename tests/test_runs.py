@@ -266,6 +266,11 @@ def test_a_cluster_that_sets_world_size_for_a_single_process_changes_nothing(mon
     assert common.init_processes("cpu") == (0, 1)
 
 
+@pytest.mark.parametrize("name", ["step-000003", "step-1", "best-000002"])
+def test_a_run_is_not_called_as_a_checkpoint_within_one(project, name):
+    assert "name of a checkpoint" in project.refuses("finetune", f"--name={name}")
+
+
 def test_ranks_that_read_different_things_are_refused_before_the_first_step(finished, tmp_path, monkeypatch):
     project = finished.copy(tmp_path / "runs", NEEDS["finetune"])
     for key, value in (("lr", 0.5), ("data_digest", "another"), ("llm_fingerprint", "another")):

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import string
 import sys
 
@@ -40,6 +41,8 @@ def load_llm(path: str, device: str = "cpu", precision: str = "fp32", attention:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"precision is fp32 or bf16, not {str(precision)[:40]}")
     if not os.path.isdir(path) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
         raise UserError(f"{path}: no such folder, and no name on the hub; {EXPECTED}")
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
@@ -254,15 +257,15 @@ def finished_stage(stage: str, options, digests=None) -> str:
 
 
 def config_flag(options) -> str:
-    """What a command that an error line tells the user to run needs beside its stage."""
+    """What a command that a line tells the user to run needs beside its stage, a blank before it."""
     usual = options.config == beside(DEFAULT_CONFIG)
-    words = "" if usual else f" --config {options.config}"
+    words = [] if usual else ["--config", options.config]
     config = common.read_yaml(options.config, "name an existing config with --config")
-    for key in ("runs", "model"):
+    for key, default in (("data", "data/sample"), ("runs", "runs/sample"), ("model", "tiny")):
         value = getattr(options, key)
-        if value != config.get(key, value):
-            words += f" --{key} {value}"
-    return words
+        if not same(key, config.get(key, default), value):
+            words += [f"--{key}", value]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def llm_of(folder: str, options, llm: str | None = None) -> str:

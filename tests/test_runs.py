@@ -1,4 +1,5 @@
 """What a run's folder goes through: checkpoints that are kept, numbers that are none, a lock, other people's files."""
+import argparse
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from stages import ROOT, STAGES, at_step, environment, interrupt
 from test_resume import NEEDS, same
 
 import common
+import config
 import t5
 import train_hyper
 from bench import folders, machine
@@ -269,6 +271,14 @@ def test_a_cluster_that_sets_world_size_for_a_single_process_changes_nothing(mon
 @pytest.mark.parametrize("name", ["step-000003", "step-1", "best-000002"])
 def test_a_run_is_not_called_as_a_checkpoint_within_one(project, name):
     assert "name of a checkpoint" in project.refuses("finetune", f"--name={name}")
+
+
+def test_the_command_told_next_names_data_and_runs_of_ones_own(tmp_path):
+    (tmp_path / "c.yaml").write_text("rank: 4\n")
+    options = argparse.Namespace(config=str(tmp_path / "c.yaml"), data="my tasks", runs="r", model="tiny")
+    assert t5.config_flag(options) == f" --config {tmp_path}/c.yaml --data 'my tasks' --runs r"
+    options.config, options.data, options.runs = config.beside("configs/sample.yaml"), "./data/sample", "runs/sample"
+    assert t5.config_flag(options) == ""
 
 
 def test_ranks_that_read_different_things_are_refused_before_the_first_step(finished, tmp_path, monkeypatch):

@@ -326,7 +326,11 @@ def device_of(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if str(name).startswith("cuda") and not torch.cuda.is_available():
         raise common.UserError("--device cuda: PyTorch finds no GPU here; use --device cpu or auto")
-    return str(name)
+    try:
+        return str(torch.device(str(name)))
+    except RuntimeError:
+        raise common.UserError(f"PyTorch knows no device {str(name)[:40]!r}; use cpu, cuda or "
+                               "auto") from None
 
 
 def given(argv, names) -> list[str]:

@@ -241,7 +241,10 @@ class Adapter:
 
     def select(self, index) -> "Adapter":
         """Rows for a mixed batch: row index[n] for instance n; a list or tensor of N integers."""
-        index = torch.as_tensor(index, dtype=torch.long, device=self.mask.device)
+        index = torch.as_tensor(index, device=self.mask.device)
+        if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
+            raise UserError("select takes whole numbers, the rows' places; no others, and no mask")
+        index = index.long()
         weights = None if self.weights is None else select(self.weights, index)
         fusion = [(keys[index], values[index]) for keys, values in self.fusion]
         tasks = None if self.tasks is None else [self.tasks[k] for k in index.tolist()]
@@ -264,6 +267,9 @@ class Adapter:
         The decoder reads all states whatever their weight. Raises UserError where there is nothing
         to combine, and for adapters of several models.
         """
+        adapters = list(adapters)
+        if not all(isinstance(x, Adapter) for x in adapters) or isinstance(weights, (dict, set, str)):
+            raise UserError("combine takes a list of adapters and a list of their weights")
         weights = [1 / len(adapters) for _ in adapters] if weights is None else list(weights)
         pairs = [(adapter, w) for adapter, w in zip(adapters, weights) if w != 0]
         if (len(weights) != len(adapters) or not pairs or not all(map(math.isfinite, weights))

@@ -1,5 +1,4 @@
 """What callers of a TAGI hand in: lists of texts, demonstrations, choices; refused in one line."""
-import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -116,8 +115,9 @@ def check_rows(adapters, model, n: int) -> None:
 
 
 def scale(value) -> float:
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise UserError(f"scale is a finite number, not {shown(value)}")
+    """A number as --scale takes it: a larger one makes scores that are none."""
+    if not isinstance(value, Real) or not abs(value) <= 1000:           # or NaN
+        raise UserError(f"scale is a finite number from -1000 to 1000, not {shown(value)}")
     return value
 
 

@@ -691,9 +691,23 @@ def test_adapters_and_numbers_of_another_kind_are_one_line(full):
     for key, value in (("batch_size", 0), ("batch_size", -1), ("batch_size", 1.5), ("num_beams", 0), ("max_new_tokens", 0), ("max_new_tokens", "8")):
         with pytest.raises(UserError, match=key):
             tagi.generate(INPUTS, None, **{key: value})
-    for scale in (float("nan"), float("inf"), "1", None, [1.0]):
+    for scale in (float("nan"), float("inf"), "1", None, [1.0], 1e38, -1001):
         with pytest.raises(UserError, match="scale"):
             tagi.adapt(TWO, scale=scale)
+    for index in ([0.5], [True, False, True], torch.tensor([1.0])):
+        with pytest.raises(UserError, match="whole numbers"):
+            adapters.select(index)
+    assert len(adapters.select([])) == 0 and len(adapters.select(range(2))) == 2
+    for wrong, weights in (("ab", None), ([adapters[0], "x"], None), ([adapters[0], adapters[1]], {0: 1, 1: 2}), ([adapters[0], adapters[1]], "12")):
+        with pytest.raises(UserError, match="combine takes"):
+            Adapter.combine(wrong, weights)
+
+
+@pytest.mark.parametrize("how", [{"precision": "fp8"}, {"precision": "float32"}, {"precision": None}, {"device": "tpu"}, {"device": ""},
+                                 {"device": "cpu:x"}])
+def test_a_precision_or_device_that_is_none_is_refused(full, how):
+    with pytest.raises(UserError, match=next(iter(how))):
+        TAGI.load(full, **how)
 
 
 def test_lists_of_other_kinds_are_lists(full):

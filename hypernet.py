@@ -440,7 +440,7 @@ class TAGI(nn.Module):
         device = config.device_of(device)
         path = t5.llm_of(folder, options, llm)
         llm, tokenizer = t5.load_llm(path, device, precision, options.attention)
-        common.check_fingerprint(t5.fingerprint(llm), options.llm_fingerprint, folder, path)
+        t5.check_trained_on(llm, tokenizer, options, folder, path)
         tagi = cls(llm, tokenizer, options)
         tagi.llm_path = path
         trained = common.load_weights(tagi.trainable(), folder)

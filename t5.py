@@ -257,7 +257,7 @@ def finished_stage(stage: str, options, digests=None) -> str:
 
 
 def config_flag(options) -> str:
-    """What a command that a line tells the user to run needs beside its stage, a blank before it."""
+    """What a command that a line tells the user to run needs beside its stage, after a blank."""
     usual = options.config == beside(DEFAULT_CONFIG)
     words = [] if usual else ["--config", options.config]
     config = common.read_yaml(options.config, "name an existing config with --config")
@@ -354,6 +354,18 @@ def weights_digest(path: str) -> str:
 
 def tokenizer_digest(tokenizer) -> str:
     return common.digest(repr(sorted(tokenizer.get_vocab().items())))
+
+
+def check_trained_on(llm, tokenizer, options, folder: str, path: str) -> None:
+    """Raises UserError where `path` does not hold the LLM that `folder`, with its options, is for.
+
+    Another tokenizer of as many tokens would give answers too, to other texts.
+    """
+    common.check_fingerprint(fingerprint(llm), options.llm_fingerprint, folder, path)
+    expected = getattr(options, "tokenizer_digest", None)           # earlier code recorded none
+    if expected not in (None, tokenizer_digest(tokenizer)):
+        raise UserError(f"{folder} was trained with another tokenizer than the one in {path} now; "
+                        "put back the files of the one that it was trained with")
 
 
 # --------------------------------------------------------------------------- running it, in parts

@@ -1,5 +1,6 @@
 """TAGI: step 0, mixed batches, merging, padding, what is the student's own, learning, checkpoints."""
 import copy
+import json
 import warnings
 from unittest import mock
 
@@ -515,6 +516,22 @@ def test_a_checkpoint_of_another_llm_is_refused(checkpoint, kind, seed):
     tagi, folder, llm_folder = checkpoint
     t5.save_llm(str(llm_folder), vars(tagi.options), make_llm(kind, seed), tagi.tokenizer, finished=True)
     with pytest.raises(common.UserError, match="another LLM"):
+        TAGI.load(str(folder))
+
+
+def test_a_checkpoint_whose_llm_has_another_tokenizer_is_refused(checkpoint):
+    """As many tokens in another order fit every shape; a checkpoint of earlier code tells no tokenizer."""
+    tagi, folder, llm_folder = checkpoint
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    record["tokenizer_digest"] = t5.tokenizer_digest(tagi.tokenizer)
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+    TAGI.load(str(folder))
+    path = llm_folder / "tokenizer.json"
+    written = json.loads(path.read_text())
+    pieces = written["model"]["vocab"]
+    pieces[-1][0], pieces[-2][0] = pieces[-2][0], pieces[-1][0]
+    path.write_text(json.dumps(written))
+    with pytest.raises(common.UserError, match="another tokenizer"):
         TAGI.load(str(folder))
 
 

@@ -12,7 +12,7 @@ import torch
 import common
 import config
 import t5
-from bench import board, machine, recorded, shard
+from bench import board, machine, recorded, shard, terminal
 from bench.folders import (is_ours, publish, remove_groups, remove_ours, save_step, sweep,
                            teacher_folder, writing)
 from bench.watch import Watch
@@ -43,6 +43,7 @@ class Run:
 
     def __init__(self, folder: str, options, rank: int, world: int, digests: dict,
                  ranks_share_a_batch: bool = True):
+        terminal.last()
         shard.leave_out_where_useless(options, rank)
         self.folder, self.options, self.rank, self.world = folder, options, rank, world
         self.found = {"processes": world} | digests     # beside options; both go to config.yaml

@@ -37,7 +37,40 @@ def printing(main):
                 raise
             raise UserError(f"standard output cannot be written: {error.strerror}; what was not "
                             "printed is lost") from None
+        finally:
+            if isinstance(sys.stdout, Lasting):
+                sys.stdout = sys.stdout.stream
     return run
+
+
+class Lasting:
+    """A stream for what runs for days: where it fails the rest is lost, with a word, no more."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._go_on(self.stream.write, text)
+
+    def flush(self):
+        return self._go_on(self.stream.flush)
+
+    def _go_on(self, function, *args):
+        try:
+            return function(*args)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            print(f"standard output cannot be written: {error.strerror}; going on without it",
+                  file=sys.stderr)
+
+
+def last() -> None:
+    """From now on, within `printing`, the program outlives its standard output."""
+    if not isinstance(sys.stdout, Lasting):
+        sys.stdout = Lasting(sys.stdout)
 
 
 def is_full() -> bool:

@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import time
 
 import pytest
@@ -254,6 +255,21 @@ def test_what_is_told_to_go_on_with_a_run_does_not_start_it_over(finished, tmp_p
     told = yaml.safe_load((project.runs / "pretrain" / "run.yaml").read_text())
     assert told["go_on_with"] == "python train_hyper.py --stage pretrain --steps=4"
     assert "--fresh" in told["runs"][0]["command"]
+
+
+# --------------------------------------------------------------------------------- standard output
+
+@pytest.mark.parametrize("what", ["full", "not read"])
+def test_a_training_outlives_its_standard_output(finished, tmp_path, monkeypatch, capfd, what):
+    project, (read, write) = finished.copy(tmp_path / "runs", NEEDS["finetune"]), os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if what == "full" else os.fdopen(write, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        train_hyper.main(project.argv("finetune", "--name=other"))
+        assert sys.stdout is stream
+    said = capfd.readouterr().err
+    assert said.count("cannot be written") == 1 and "going on" in said
+    assert same(finished.weights("finetune"), project.weights("other"))
 
 
 # --------------------------------------------------------------------------------------------- processes

@@ -187,7 +187,7 @@ def prompt(text: str) -> str:
         raise EOFError
     try:
         answer = input().strip()
-        answer.encode()                         # in a C locale bytes that are no UTF-8 come as halves
+        answer.encode()                         # in a C locale other bytes come as half signs
     except UnicodeError:
         raise UserError(f"this {text} is no text in UTF-8; type or send it again") from None
     return answer

@@ -268,7 +268,8 @@ class Adapter:
         to combine, and for adapters of several models.
         """
         adapters = list(adapters)
-        if not all(isinstance(x, Adapter) for x in adapters) or isinstance(weights, (dict, set, str)):
+        fine = all(isinstance(adapter, Adapter) for adapter in adapters)
+        if not fine or isinstance(weights, (dict, set, str)):
             raise UserError("combine takes a list of adapters and a list of their weights")
         weights = [1 / len(adapters) for _ in adapters] if weights is None else list(weights)
         pairs = [(adapter, w) for adapter, w in zip(adapters, weights) if w != 0]

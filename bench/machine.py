@@ -34,6 +34,21 @@ def again() -> str:
     return "run the same command again" + (", without --fresh," if "--fresh" in sys.argv else "")
 
 
+def launch() -> str | None:
+    """Of the batch system's job or the launcher that may start this command again; None: neither."""
+    if os.environ.get("SLURM_JOB_ID"):
+        return f"SLURM job {os.environ['SLURM_JOB_ID']}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"launcher {os.getppid()} on {platform.node()}"
+    return None
+
+
+def is_started_again() -> bool:
+    """Whether `launch` has started it before: after a crash, or out of the queue once more."""
+    counts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    return any(count not in (None, "", "0") for count in counts)
+
+
 def hardware(device: str) -> dict:
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
     return {"host": platform.node(), "gpu": gpu, "cpu": processor(), "cores": os.cpu_count()}

@@ -13,8 +13,8 @@ import common
 import config
 import t5
 from bench import board, machine, recorded, shard, terminal
-from bench.folders import (is_ours, publish, remove_groups, remove_ours, save_step, sweep,
-                           teacher_folder, writing)
+from bench.folders import (is_ours, publish, record_in, remove_groups, remove_ours, save_step,
+                           sweep, teacher_folder, writing)
 from bench.watch import Watch
 from common import UserError
 
@@ -57,6 +57,8 @@ class Run:
             raise UserError(f"{folder} holds files that are not of this program's runs, and none "
                             "of them is to be replaced; choose another --name or --runs")
         self.take_lock()
+        if options.fresh and machine.is_started_again():        # it did start over, the first time
+            options.fresh = not common.gather_over_ranks(self._is_of_this_launch())[0]
         # before: config.yaml of a run to go on with
         self.before = self.source = None
         if not options.fresh:
@@ -165,7 +167,7 @@ class Run:
                 raise UserError(f"another run was at work in {self.folder} meanwhile; run the same "
                                 "command again")
             if self.options.fresh:
-                self._describe()                        # marked as ours while it is removed
+                self._describe(began=False)             # marked as ours while it is removed
                 remove_ours(self.folder)
             sweep(self.folder, self.options.keep)
             self._describe()
@@ -187,14 +189,24 @@ class Run:
             raise UserError(f"rank {rank} has {key} {theirs}, rank {self.rank} has "
                             f"{ours.get(key)}; give all the same options, data and LLM")
 
-    def _describe(self) -> None:
-        """run.yaml: how each run in this folder was started; it marks the folder as ours."""
+    def _is_of_this_launch(self) -> bool:
+        """Whether the run in this folder was begun by the launcher or job that starts this one."""
+        runs = record_in(self.folder, "run.yaml").get("runs")
+        last = runs[-1] if isinstance(runs, list) and runs else None
+        return isinstance(last, dict) and last.get("launch", "") == machine.launch()
+
+    def _describe(self, began: bool = True) -> None:
+        """run.yaml: how each run in this folder was started, on what; it marks the folder as ours.
+
+        began: what --fresh removes is gone.
+        """
         path, runs = f"{self.folder}/run.yaml", []
         if os.path.isfile(path):
             with common.named_file(path, "remove it"):
                 runs = [*common.read_yaml(path, "remove it").get("runs", [])]
         runs.append({"command": machine.command_line(), "from_step": self.start,
                      "processes": self.world, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                     "launch": machine.launch() if began else None,
                      "versions": machine.versions()} | machine.hardware(self.options.device))
         with writing(path):
             told = {"go_on_with": machine.command_line(going_on=True), "runs": runs}

@@ -257,6 +257,29 @@ def test_what_is_told_to_go_on_with_a_run_does_not_start_it_over(finished, tmp_p
     assert "--fresh" in told["runs"][0]["command"]
 
 
+@pytest.mark.parametrize("started, again", [
+    ({"TORCHELASTIC_RUN_ID": "x"}, {"TORCHELASTIC_RESTART_COUNT": "1"}), ({"SLURM_JOB_ID": "7"}, {"SLURM_RESTART_COUNT": "1"})])
+def test_fresh_starts_over_once_and_not_after_each_crash_or_requeue(finished, tmp_path, monkeypatch, started, again):
+    project = finished.copy(tmp_path / "runs", NEEDS["pretrain"])
+    command = ["pretrain", "--fresh", "--steps=4", "--save-every=2"]
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(patch, 2, interrupt)
+        project.run(*command)
+    for name, value in again.items():
+        monkeypatch.setenv(name, value)
+    assert "finished" in project.run(*command)
+    runs = yaml.safe_load((project.runs / "pretrain" / "run.yaml").read_text())["runs"]
+    assert [run["from_step"] for run in runs] == [0, 2]
+    for name in started:                                        # of another launch it is another run
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setattr(os, "getppid", lambda: 8)
+    project.run(*command)
+    runs = yaml.safe_load((project.runs / "pretrain" / "run.yaml").read_text())["runs"]
+    assert [run["from_step"] for run in runs] == [0]
+
+
 # --------------------------------------------------------------------------------- standard output
 
 @pytest.mark.parametrize("what", ["full", "not read"])

@@ -84,7 +84,7 @@ def parser():
 def get_options(argv=None):
     """The options. Raises UserError where some do not go together."""
     o = parser().parse_args(argv)
-    config.choose_device(o)
+    o.device = config.device_of(o.device)
     n, has_input = len(o.instruction), bool(o.input or o.inputs)
     folders = [folder for folder in (o.save, o.export, o.merge) if folder is not None]
     o.choices = o.choices and [choice.strip() for choice in o.choices.split("|")]

@@ -116,13 +116,10 @@ def script(name: str) -> str:
 
 
 def plain_name(text):
-    """The type of an option: the name of a folder, and no path."""
-    if re.fullmatch(r"(step|best)-\d+", text):
-        raise argparse.ArgumentTypeError(f"{text[:60]} is the name of a checkpoint in a stage's "
-                                         "folder; choose another")
-    if not re.fullmatch(r"\w[\w.+=-]*", text):
+    """The type of an option: the name of a folder, no path, and not a checkpoint's (step-000500)."""
+    if not re.fullmatch(r"(?!(step|best)-\d+$)\w[\w.+=-]*", text):
         raise argparse.ArgumentTypeError(f"{text[:60]!a} is no plain name: letters, digits and "
-                                         "_.+=- after the first, and no path")
+                                         "_.+=- after the first, no path, not step-N or best-N")
     return text
 
 
@@ -292,7 +289,7 @@ def parse(parser: Parser, section: str | None, argv=None) -> argparse.Namespace:
         parser.parse_args(words_of(values, allowed, where), options)
     parser.where = ""
     parser.parse_args(argv, options)
-    choose_device(options)
+    options.device = device_of(options.device)
     if "text" in options and options.text is None:
         options.text = os.path.join(options.data, "corpus.txt")
     if "steps" in options:
@@ -314,10 +311,6 @@ def check_model(options, argv) -> None:
                 f"--model {options.model} would not be used: {options.config} freezes its "
                 f"meta_model {options.meta_model}; add --llm base to freeze --model itself, or "
                 "name a config that is for it: --config configs/flan-t5-small.yaml")
-
-
-def choose_device(options) -> None:
-    options.device = device_of(options.device)
 
 
 def device_of(name: str | None) -> str:

@@ -35,7 +35,7 @@ def again() -> str:
 
 
 def launch() -> str | None:
-    """Of the batch system's job or the launcher that may start this command again; None: neither."""
+    """The batch system's job or the launcher that may start this command again; None: neither."""
     if os.environ.get("SLURM_JOB_ID"):
         return f"SLURM job {os.environ['SLURM_JOB_ID']}"
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -45,8 +45,8 @@ def launch() -> str | None:
 
 def is_started_again() -> bool:
     """Whether `launch` has started it before: after a crash, or out of the queue once more."""
-    counts = [os.environ.get(name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    return any(count not in (None, "", "0") for count in counts)
+    names = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
+    return any(os.environ.get(name) not in (None, "", "0") for name in names)
 
 
 def hardware(device: str) -> dict:

@@ -60,9 +60,10 @@ def training(args, seed: int) -> list[str]:
 def scoring(args, seed: int, split: str) -> list[str]:
     """The commands that score one seed on a split."""
     runs = runs_of(args.runs, seed)
-    options = f"--bench sni --config {args.config} --runs {runs} --seed {seed} --split {split}"
-    if split == "validation":
-        options += f" --eval-instances {args.eval_instances} --no-cost"
+    few = split == "validation"
+    n = args.validation_instances if few else args.test_instances
+    options = (f"--bench sni --config {args.config} --runs {runs} --seed {seed} --split {split} "
+               f"--eval-instances {n}" + (" --no-cost" if few else ""))
     return [f"{LAUNCH} evaluate.py {options} --out {runs}/evaluate-{split}",
             f"{LAUNCH} evaluate.py {options} --checkpoint {runs}/{WITHOUT} --rows {','.join(ROWS)} "
             f"--out {runs}/evaluate-{split}-without-fusion"]
@@ -257,7 +258,7 @@ def page(args, by_split: dict, examples: str) -> str:
             parts += [f"**{setting}**", scores_table(of_seeds, demos),
                       "Differences, paired by task, with 95 % intervals over tasks:",
                       differences_table(of_seeds, demos)]
-        tasks = data.load_sni(args.data, split, 100)
+        tasks = data.load_sni(args.data, split, args.test_instances)
         parts.append(f"{reachable(tasks):.0f} % of the instances have a reference that occurs in "
                      "the definition.")
         parts += ["ROUGE-L by category, definition alone, seed 0:", categories_table(results, 0)]
@@ -276,7 +277,8 @@ def main():
     add("--seeds", type=int, default=2)
     add("--config", default="configs/sni-scratch.yaml")
     add("--runs", default="runs/sni-scratch", help="folder of seed 0's runs")
-    add("--eval-instances", type=int, default=10, help="of each validation task")
+    add("--validation-instances", type=int, default=10, help="of each validation task")
+    add("--test-instances", type=int, default=25, help="of each test task")
     add("--stop-before", choices=["validation", "test"])
     add("--report", action="store_true", help="only the page, of what is there")
     add("--out", default="docs/sni-scratch.md")

@@ -116,7 +116,7 @@ def script(name: str) -> str:
 
 
 def plain_name(text):
-    """The type of an option: the name of a folder, no path, and not a checkpoint's (step-000500)."""
+    """The type of an option: the name of a folder, no path, and not a checkpoint's (step-N)."""
     if not re.fullmatch(r"(?!(step|best)-\d+$)\w[\w.+=-]*", text):
         raise argparse.ArgumentTypeError(f"{text[:60]!a} is no plain name: letters, digits and "
                                          "_.+=- after the first, no path, not step-N or best-N")

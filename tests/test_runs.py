@@ -309,7 +309,7 @@ def test_a_cluster_that_sets_world_size_for_a_single_process_changes_nothing(mon
 
 @pytest.mark.parametrize("name", ["step-000003", "step-1", "best-000002"])
 def test_a_run_is_not_called_as_a_checkpoint_within_one(project, name):
-    assert "name of a checkpoint" in project.refuses("finetune", f"--name={name}")
+    assert "not step-N or best-N" in project.refuses("finetune", f"--name={name}")
 
 
 def test_the_command_told_next_names_data_and_runs_of_ones_own(tmp_path):

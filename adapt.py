@@ -22,7 +22,7 @@ from tqdm import tqdm
 import config
 import data
 import t5
-from bench import novelty, records, terminal
+from bench import novelty, records, report, terminal
 from common import UserError
 from hypernet import TAGI
 from lora import Adapter
@@ -124,6 +124,7 @@ def answers(tagi, adapter, inputs: list[str], options) -> list[dict]:
                               do_sample=options.sample)
         return [{"output": text} for text in texts]
     rows = tagi.score_choices(inputs, [choices] * n, adapter, n, False, options.max_output)
+    report.check_finite(rows, "a choice's score")
     return [{"output": choices[row.index(max(row))], "scores": dict(zip(choices, row))}
             for row in rows]
 

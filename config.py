@@ -322,8 +322,7 @@ def device_of(name: str | None) -> str:
     try:
         return str(torch.device(str(name)))
     except RuntimeError:
-        raise common.UserError(f"PyTorch knows no device {str(name)[:40]!r}; use cpu, cuda or "
-                               "auto") from None
+        raise common.UserError(f"{str(name)[:40]!r} is no device; cpu, cuda or auto") from None
 
 
 def given(argv, names) -> list[str]:
@@ -338,8 +337,8 @@ def given(argv, names) -> list[str]:
 
 def refuse(argv, names, reason: str) -> None:
     """Raises UserError where the command line sets one of these options, which it would ignore."""
-    for option in given(argv, names):
-        raise common.UserError(f"{option}: {reason}; leave it out")
+    if found := given(argv, names):
+        raise common.UserError(f"{found[0]}: {reason}; leave it out")
 
 
 def read_config(path: str) -> dict:
@@ -348,8 +347,10 @@ def read_config(path: str) -> dict:
     config = {str(key): value for key, value in config.items()}
     for name in SECTIONS:
         if not isinstance(config.get(name) or {}, dict):
-            raise common.UserError(f"{path}: {name} is a stage's section; expected `key: value` "
-                                   "lines below it")
+            raise common.UserError(f"{path}: {name} is a section, of `key: value` lines below it")
+    for part in (config, *(config.get(name) or {} for name in SECTIONS)):
+        for key in {"config", "fresh"}.intersection(part):
+            raise common.UserError(f"{path}: {key} is for the command line; take it out there")
     return config
 
 
@@ -441,10 +442,9 @@ def check_fits(expected: dict, folder: str, record: dict, keys, llm_path: str, r
 
     expected: the llm_fingerprint and, of `keys`, the options that are needed.
     """
-    fingerprint = record["llm_fingerprint"]
-    common.check_fingerprint(expected["llm_fingerprint"], fingerprint, folder, llm_path)
+    its = record["llm_fingerprint"]
+    common.check_fingerprint(expected["llm_fingerprint"], its, folder, llm_path)
     for key in keys:                                # another alpha's would load, rescaled
-        new = expected[key]
-        if record.get(key, new) != new:
-            raise common.UserError(f"{folder} has --{key} {record[key]}, not {new}; use the same, "
-                                   f"or {remedy}")
+        if record.get(key, expected[key]) != expected[key]:
+            raise common.UserError(f"{folder} has --{key} {record[key]}, not {expected[key]}; use "
+                                   f"the same, or {remedy}")

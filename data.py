@@ -118,14 +118,11 @@ def training_tasks(options, max_instances: int | None = None, skip: int = 0,
     n = max_instances or options.max_instances
     if options.format == "p3":
         tasks = load_p3(options.data, "train", n, options.p3_input, skip)
-        leaks = p3.held_out_names([task.category for task in tasks])
+        names, test = [task.category for task in tasks], None
     else:
         tasks = load_sni(options.data, "train", n, skip, options.allow_missing)
-        leaks = p3.held_out_names([task.name for task in tasks])
-    if leaks and "P3" not in _warned:
-        _warned.add("P3")
-        warnings.warn(f"{len(leaks)} training tasks are named after data sets that P3 holds out "
-                      f"({', '.join(leaks[:2])} …): scores of this model on P3 would be leaks")
+        names, test = [task.name for task in tasks], split_file(options.data, "test")
+    p3.warn_of_leaks(names, test)
     tasks, left_out = records.hold_out(tasks, options)
     if held_out:
         return [task for task in left_out if task.instances]

@@ -172,9 +172,12 @@ class Kept:
     def _prepare(self) -> None:
         """Put leftovers of several processes together; set aside what other models predicted."""
         check_ours(self.out)
-        before = read_mark(f"{self.out}/config.yaml").get("sources") or {}
+        mark = read_mark(f"{self.out}/config.yaml")
+        before, fresh = mark.get("sources") or {}, self.options.fresh
+        if machine.is_started_again() and mark.get("launch", "") == machine.launch():
+            fresh = False                       # it did start over, the first time
         others = [key for key, mark in self.sources.items() if before.get(key, mark) != mark]
-        if self.options.fresh or others:
+        if fresh or others:
             told = ", ".join(QUESTION.get(key, key) for key in others)
             names = ["predictions.jsonl", *map(os.path.basename, self._ranks_files())]
             set_aside(self.out, [*names, *RESULTS, *PROBE],
@@ -183,6 +186,7 @@ class Kept:
             self._join_ranks()
             self.sources = before | self.sources
         record = {**vars(self.options), "command": machine.command_line(),
+                  "launch": machine.launch(),
                   "sources": self.sources, "versions": machine.versions()}
         with common.named_file(f"{self.out}/config.yaml", OTHER, "written"):
             common.write_yaml(f"{self.out}/config.yaml", record)

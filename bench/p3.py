@@ -21,8 +21,9 @@ import itertools
 import os
 import re
 import statistics
+import warnings
 
-from bench.records import brief, numbered_rows, read_json_lines
+from bench.records import brief, numbered_rows, read_json_lines, read_names
 from bench.templates import LONGEST_FIELD, Template, load_templates
 from common import UserError
 
@@ -137,18 +138,39 @@ def held_out_names(names: list[str]) -> list[str]:
     return [name for name in names if HELD_OUT.search(name)]
 
 
+def warn_of_leaks(names: list[str], test_file: str | None = None) -> None:
+    """Warn where training tasks of these names are P3's test tasks, or those that a file names."""
+    if leaks := held_out_names(names):
+        warnings.warn(f"{len(leaks)} training tasks are named after data sets that P3 holds out "
+                      f"({', '.join(leaks[:2])} …): scores of this model on P3 would be leaks")
+    if test_file and os.path.isfile(test_file):
+        both = sorted(set(names).intersection(read_names(test_file, "write the split again")))
+        if both:
+            warnings.warn(f"{len(both)} training tasks are test tasks too ({both[0][:60]} …): an "
+                          "evaluation would refuse this model; take them out of one split")
+
+
 def read_rows(root: str, name: str, dataset: str, split: str) -> list[dict] | None:
     """Rows of a data set with labels as integers, None where there are none."""
     # ANLI's three rounds are one data set to promptsource, so its folder cannot hold their rows
-    for folder in [name] if dataset == "anli" else [name, dataset]:
-        path = os.path.join(root, folder, split + ".jsonl")
-        if os.path.isfile(path):
-            remedy = "rows are JSON objects with the data set's own field names, one a line"
-            rows = []
-            for n, (where, row) in enumerate(numbered_rows(path, remedy)):
-                rows.append(with_plain_label(name, row, f"{where} (row {n})"))
-            return rows
-    return None
+    folders = [name] if dataset == "anli" else [name, dataset]
+    paths = [os.path.join(root, folder, split + ".jsonl") for folder in folders]
+    found = {os.path.realpath(path): path for path in paths if os.path.isfile(path)}
+    path = the_only(list(found.values()))
+    if path is None:
+        return None
+    remedy = "rows are JSON objects with the data set's own field names, one a line"
+    rows = []
+    for n, (where, row) in enumerate(numbered_rows(path, remedy)):
+        rows.append(with_plain_label(name, row, f"{where} (row {n})"))
+    return rows
+
+
+def the_only(paths: list[str]) -> str | None:
+    """The one of these files, None where there is none. Raises UserError where there are two."""
+    if len(paths) > 1:
+        raise UserError(f"{paths[0]} and {paths[1]} are for the same rows; keep one")
+    return paths[0] if paths else None
 
 
 def with_plain_label(name: str, row: dict, where: str) -> dict:
@@ -230,9 +252,10 @@ def prompted_instances(root: str, template: Template) -> list[dict]:
     paths = sorted(glob.glob(f"{glob.escape(root)}/*prompted*/*.jsonl"))
     own = plain(f"{template.dataset}_{template.name}")
     named = [x for x in paths if plain(os.path.basename(x).removesuffix(".jsonl")) == own]
-    if not named or os.path.getsize(named[0]) == 0:
+    path = the_only([path for path in named if os.path.getsize(path)])
+    if path is None:
         return []
-    rows = read_json_lines(named[0], "rows are JSON objects with prompt and completion",
+    rows = read_json_lines(path, "rows are JSON objects with prompt and completion",
                            prompt=str, completion=str)
     instances = []
     for n, row in enumerate(rows):

@@ -86,6 +86,8 @@ def config(project, tmp_path, text, section=None):
     (None, "max_inputs: 3", ["max_inputs", "max-input"]),
     (None, "finetunes: {lr: 3}", ["finetunes", "finetune"]),
     (None, "lr: 3e-4", ["lr"]),         # known, but a stage's: belongs into a section
+    (None, "fresh: true", ["fresh", "command line"]), ("meta", "fresh: true", ["fresh", "command line"]),
+    (None, "config: other.yaml", ["config", "command line"]),
     (None, "stages: [base, meta]", ["stages"]), (None, "threads: 2", ["threads"]),  # of earlier code
     ("meta", "leraning_rate: 3", ["leraning_rate", "meta:"]),
     ("meta", "curiculum: true", ["curiculum", "curriculum"]),

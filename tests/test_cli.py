@@ -481,7 +481,7 @@ def options_of_command(words):
     return vars(SCRIPTS[words[0]].parser().parse_args(words[1:]))
 
 
-def ablations(tmp_path, project, **variables) -> Script:
+def ablations_script(tmp_path, project, **variables) -> Script:
     script = Script(tmp_path / "tree", "bench/ablations.sh")
     paths = {"CONFIG": str(project.config), "RUNS": str(project.runs)}
     done = script.run(**paths, **variables)
@@ -504,7 +504,7 @@ PARTS = {                                       # row -> the option that makes i
 
 
 def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
-    script = ablations(tmp_path, finished, SEEDS="2", PROCESSES="3", SPLIT="validation")
+    script = ablations_script(tmp_path, finished, SEEDS="2", PROCESSES="3", SPLIT="validation")
     assert ablations.ABLATIONS.keys() == PARTS.keys()
     stages = script.stages()
     default = vars(train_hyper.parser().parse_args([]))
@@ -538,7 +538,7 @@ def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
 def test_ablations_retrain_finetuning_for_every_row_once(project, uncosted, tmp_path):
     """On one seed, the commands run in this process; a second run trains and scores nothing
     again."""
-    called = ablations(tmp_path, project, SEEDS="1").stages()
+    called = ablations_script(tmp_path, project, SEEDS="1").stages()
 
     def run_all() -> str:
         """What the last one prints, the table."""
@@ -572,7 +572,7 @@ def test_ablations_do_not_take_another_splits_or_checkpoints_scores(
 
     def evaluated(split):
         """As the script scores the whole method, and tells it."""
-        script = ablations(tmp_path / split, project, SEEDS="1", SPLIT=split)
+        script = ablations_script(tmp_path / split, project, SEEDS="1", SPLIT=split)
         words = [words for words in script.stages() if words[0] == "evaluate.py"]
         for its in (words[0], words[-1]):
             call(evaluate, *its[1:])

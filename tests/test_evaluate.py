@@ -571,3 +571,16 @@ def test_results_that_are_no_numbers_are_not_written(whole, tmp_path):
     with pytest.raises(common.UserError, match="TAGI, empty instruction, Def, by_task, rouge_l, city is nan"):
         report.write(found, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_fresh_sets_an_evaluation_aside_once_and_not_after_each_crash(own, tmp_path, monkeypatch):
+    """A launcher that starts all processes again, --fresh and all, goes on with what was answered."""
+    out, words = tmp_path / "out", ("--no-cost", "--rows=copy_input", "--eval-instances=2", "--fresh")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    run(own, out, *words)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(own, out, *words)
+    assert not list(out.glob("*.1"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")       # a new launch
+    run(own, out, *words)
+    assert list(out.glob("*.1"))

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import textwrap
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -148,6 +149,27 @@ def write_p3(root: Path) -> Path:
 @pytest.fixture
 def small_p3(tmp_path):
     return write_p3(tmp_path / "p3")
+
+
+def test_the_same_rows_in_two_places_are_refused(small_p3):
+    split, other = small_p3 / "rte/validation.jsonl", small_p3 / "super_glue/rte/validation.jsonl"
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.symlink_to(split)                                     # the same file twice is one
+    assert data.load_p3(str(small_p3), "test")
+    other.unlink()
+    other.write_text(split.read_text())
+    with pytest.raises(common.UserError, match="are for the same rows; keep one"):
+        data.load_p3(str(small_p3), "test")
+
+
+def test_training_tasks_that_are_test_tasks_are_warned_of(tmp_path):
+    (tmp_path / "test.txt").write_text("task1_a\ntask2_b\n")
+    with pytest.warns(UserWarning, match="1 training tasks are test tasks too .task2_b"):
+        p3.warn_of_leaks(["task2_b", "task3_c"], str(tmp_path / "test.txt"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p3.warn_of_leaks(["task3_c"], str(tmp_path / "test.txt"))
+        p3.warn_of_leaks(["task3_c"], str(tmp_path / "none.txt"))
 
 
 def test_both_splits_load_from_raw_and_prompted_rows(small_p3):

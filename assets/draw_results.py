@@ -1,6 +1,8 @@
-"""Draw the main result and its controls, exact match of seven rows at both settings, as an SVG.
+"""Draw the main result and its controls, those of these rows that there are, as an SVG.
 
     python assets/draw_results.py runs/sample/evaluate/results.json assets/results.svg
+
+Exact match for the built-in suite, else ROUGE-L.
 """
 import json
 import os
@@ -8,6 +10,7 @@ import sys
 
 ROWS = {                                        # key in results.json -> what the picture calls it
     "meta": "the T5 reading the instruction with every input",
+    "meta_shuffled": "the T5 reading another task's instruction",
     "meta_lora": "one LoRA for all tasks, reading the instruction",
     "tagi": "TAGI: the instruction once, as LoRA weights",
     "tagi_unseen_wording": "TAGI, instruction in unseen wording",
@@ -19,20 +22,24 @@ SETTINGS = {0: ("definition alone", "#2a6fb0"), 2: ("with two demonstrations", "
 LEFT, WIDTH, BAR, GAP, TOP = 370, 390, 13, 14, 46           # pixels
 
 
-def draw(results: list[dict]) -> str:
-    """The SVG of results.json's list of rows."""
+def draw(bench: str, results: list[dict]) -> str:
+    """The SVG of results.json's benchmark and list of rows."""
     parts = []
+    metric, title = ("exact_match", "exact match") if bench == "sample" else ("rouge_l", "ROUGE-L")
+    rows = {(r["key"], r["demos"]): r for r in results}
+    largest = 100 if metric == "exact_match" else 40
     for n, (demos, (name, colour)) in enumerate(SETTINGS.items()):
         x = LEFT + 190 * n
         parts.append(f'<rect x="{x}" y="14" width="12" height="12" fill="{colour}"/>'
                      f'<text x="{x + 18}" y="25">{name}</text>')
     y = TOP
     for key, name in ROWS.items():
+        if (key, 0) not in rows:
+            continue
         parts.append(f'<text x="{LEFT - 10}" y="{y + BAR + 4}" text-anchor="end">{name}</text>')
         for demos, (_, colour) in SETTINGS.items():
-            row = next(r for r in results if r["key"] == key and r["demos"] == demos)
-            score, (low, high) = row["exact_match"], row["exact_match_interval"]
-            middle, scale = y + BAR / 2, WIDTH / 100
+            score, (low, high) = rows[key, demos][metric], rows[key, demos][metric + "_interval"]
+            middle, scale = y + BAR / 2, WIDTH / largest
             parts.append(
                 f'<rect x="{LEFT}" y="{y}" width="{score * scale:.1f}" height="{BAR - 1}" '
                 f'fill="{colour}"/>'
@@ -43,7 +50,7 @@ def draw(results: list[dict]) -> str:
             y += BAR
         y += GAP
     parts.append(f'<path d="M{LEFT} {TOP - 6}V{y - GAP + 6}" stroke="#888"/>'
-                 f'<text x="{LEFT}" y="{y + 8}" font-size="12">exact match on unseen tasks, with '
+                 f'<text x="{LEFT}" y="{y + 8}" font-size="12">{title} on unseen tasks, with '
                  '95 % intervals over tasks (black)</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 {y + 20}" '
             'font-family="Helvetica, Arial, sans-serif" font-size="13">\n'
@@ -58,6 +65,7 @@ if __name__ == "__main__":
             if f.read(4) not in (b"<svg", b""):
                 sys.exit(f"error: {sys.argv[2]} is no picture of this script's, and stays; name another")
     with open(sys.argv[1], encoding="utf-8") as f:
-        picture = draw(json.load(f)["results"])
+        found = json.load(f)
+    picture = draw(found["bench"], found["results"])
     with open(sys.argv[2], "w", encoding="utf-8") as f:
         f.write(picture)

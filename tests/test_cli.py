@@ -808,7 +808,7 @@ def test_a_default_given_on_the_command_line_still_goes_before_the_file(tmp_path
     ("lambda_ins: sigmoid", "lambda_ins", "sigmoid"), ("lambda_ins: 0", "lambda_ins", 0.0),
     ("lambda_ins: 5e-1", "lambda_ins", 0.5), ("alignment: none", "alignment", "none"),
     ("name: null", "name", None), ("text: a b#c.txt", "text", "a b#c.txt"),
-    ("fresh: true", "fresh", True), ("fresh: false", "fresh", False)])
+    ("pretrained: true", "pretrained", True), ("pretrained: false", "pretrained", False)])
 def test_a_value_of_the_file_passes_through_the_options_own_type(tmp_path, line, key, value):
     options = options_of(tmp_path, f"finetune:\n  {line}\n", "--stage=finetune",
                          section="finetune", parser=train_hyper.parser)

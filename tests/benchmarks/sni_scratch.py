@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,23 @@ def reachable(tasks) -> float:
     return 100 * float(np.mean(found))
 
 
+def sameness(args, seed: int, split: str) -> str:
+    """A table: in how many tasks a row gives nearly all instances one answer, definition alone."""
+    path = ROOT / runs_of(args.runs, seed) / f"evaluate-{split}/predictions.jsonl"
+    answers = {}                                        # (row, task) -> its answers
+    for line in path.read_text().splitlines():
+        r = json.loads(line)
+        if r["demos"] == 0:
+            answers.setdefault((r["row"], r["task"]), []).append(r["prediction"])
+    rows = []
+    for key in ("tagi", "tagi_shuffled", "meta", "meta_lora"):
+        its = [texts for (row, _), texts in answers.items() if row == report.ROWS[key]]
+        same = [Counter(texts).most_common(1)[0][1] >= 0.9 * len(texts) for texts in its]
+        rows.append({"case": report.ROWS[key], "tasks": str(len(its)),
+                     "tasks with one answer for 90 % of their inputs": str(sum(same))})
+    return table(rows)
+
+
 def losses(args, seed: int) -> str:
     """A table: the loss of each stage's steps, at its beginning, later and at its end."""
     rows = []
@@ -261,7 +279,9 @@ def page(args, by_split: dict, examples: str) -> str:
         tasks = data.load_sni(args.data, split, args.test_instances)
         parts.append(f"{reachable(tasks):.0f} % of the instances have a reference that occurs in "
                      "the definition.")
-        parts += ["ROUGE-L by category, definition alone, seed 0:", categories_table(results, 0)]
+        parts += ["How often the answer is the same whatever the input, definition alone, seed 0:",
+                  sameness(args, 0, split),
+                  "ROUGE-L by category, definition alone, seed 0:", categories_table(results, 0)]
     parts += ["## What was looked at", "Losses, seed 0, nats a token:", losses(args, 0),
               "Updates, seed 0:", diagnosis(args, 0)]
     parts += ["## Commands", commands_table(args)]

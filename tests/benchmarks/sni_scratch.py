@@ -251,11 +251,12 @@ def commands_table(args) -> str:
     for seed in range(args.seeds):
         record = ROOT / runs_of(args.runs, seed) / "commands.json"
         done = json.loads(record.read_text()) if record.is_file() else {}
-        for number, (command, its) in enumerate(done.items()):
+        finished = [(command, its) for command, its in done.items() if its["finished"]]
+        for number, (command, its) in enumerate(finished):
             if seed == 0:
                 rows.append({"command": f"`{command}`", "minutes": ""})
-            minutes = f"{its['seconds'] / 60:.1f}" + ("" if its["finished"] else " (unfinished)")
             if number < len(rows):
+                minutes = f"{its['seconds'] / 60:.1f}"
                 rows[number]["minutes"] += (" / " if seed else "") + minutes
     return table(rows)
 

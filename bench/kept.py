@@ -174,7 +174,7 @@ class Kept:
         check_ours(self.out)
         mark = read_mark(f"{self.out}/config.yaml")
         before, fresh = mark.get("sources") or {}, self.options.fresh
-        if machine.is_started_again() and mark.get("launch", "") == machine.launch():
+        if machine.is_started_again() and machine.is_of_this_launch(mark):
             fresh = False                       # it did start over, the first time
         others = [key for key, mark in self.sources.items() if before.get(key, mark) != mark]
         if fresh or others:

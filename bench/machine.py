@@ -49,6 +49,11 @@ def is_started_again() -> bool:
     return any(os.environ.get(name) not in (None, "", "0") for name in names)
 
 
+def is_of_this_launch(record: dict) -> bool:
+    """Whether what a run wrote of itself names the launcher or job that starts this process."""
+    return record.get("launch", "") == launch()
+
+
 def hardware(device: str) -> dict:
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none"
     return {"host": platform.node(), "gpu": gpu, "cpu": processor(), "cores": os.cpu_count()}

@@ -193,7 +193,7 @@ class Run:
         """Whether the run in this folder was begun by the launcher or job that starts this one."""
         runs = record_in(self.folder, "run.yaml").get("runs")
         last = runs[-1] if isinstance(runs, list) and runs else None
-        return isinstance(last, dict) and last.get("launch", "") == machine.launch()
+        return isinstance(last, dict) and machine.is_of_this_launch(last)
 
     def _describe(self, began: bool = True) -> None:
         """run.yaml: how each run in this folder was started, on what; it marks the folder as ours.

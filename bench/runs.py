@@ -285,7 +285,7 @@ class Run:
         if self.rank == 0:
             seconds = self.record()["seconds"]
             print(f"{self.folder}: finished after {seconds:.0f} s and saved; next: python "
-                  f" {config.script(name)} {rest}{t5.config_flag(self.options)}")
+                  f"{config.script(name)} {rest}{t5.config_flag(self.options)}")
             if self.validation is not None:
                 print(self.validation.tell())
         self.stop.leave_if_asked(self.options.device)

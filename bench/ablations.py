@@ -5,21 +5,21 @@ import os
 import numpy as np
 
 import common
-from bench.report import ROWS, SETTINGS, TITLES, check_finite, line, say, write_file
+from bench.report import ROWS, SETTINGS, TITLES, check_finite, difference, line, say, write_file
 from common import UserError
 
 WHOLE = "TAGI, whole method"
-ABLATIONS = {                                           # row -> its run in bench/ablations.sh
-    WHOLE: "finetune",
-    "without pretraining": "finetune-without-pretraining",
-    "without fusion (LoRA alone)": "finetune-without-fusion",
-    "without L_pred": "finetune-without-pred",
-    "without L_kl": "finetune-without-kl",
-    "without L_ins": "finetune-without-ins",
-    "without hypernetwork (fusion alone)": "finetune-without-hypernetwork",
-    "L_ins compares B·A": "finetune-with-product",
-    "L_ins compares A and B": "finetune-with-factors",
-    "L_ins compares A and B by SVD": "finetune-with-svd",
+ABLATIONS = {                                           # row -> its name in bench/ablations.sh
+    WHOLE: "",
+    "without pretraining": "without-pretraining",
+    "without fusion (LoRA alone)": "without-fusion",
+    "without L_pred": "without-pred",
+    "without L_kl": "without-kl",
+    "without L_ins": "without-ins",
+    "without hypernetwork (fusion alone)": "without-hypernetwork",
+    "L_ins compares B·A": "with-product",
+    "L_ins compares A and B": "with-factors",
+    "L_ins compares A and B by SVD": "with-svd",
 }
 HEAD = "mean ± standard deviation"
 STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]    # 97.5 %; 2, 3, .. seeds
@@ -39,55 +39,74 @@ def tell(runs: str, split: str) -> None:
     say(f"{text}\n\nsaved as {path}")
 
 
-def read(runs: str, split: str) -> tuple[dict, str]:
-    """({row: {demos: [score of each seed]}}, what scores) as bench/ablations.sh left it.
+def results_path(folder: str, split: str, name: str) -> str:
+    """Where bench/ablations.sh keeps the results of an ablation, or "", the whole method."""
+    return f"{folder}/evaluate-{split}{name and '-' + name}/results.json"
 
-    runs: the folder of seed 0; that of seed 1 is {runs}-seed1, and so on. Raises UserError where
-    a result is missing, of another split or no number.
+
+def read(runs: str, split: str) -> tuple[dict, str]:
+    """({row: {demos: {seed: its row of results.json}}}, what scores), of bench/ablations.sh.
+
+    runs: the folder of seed 0; that of seed 1 is {runs}-seed1, and so on. What was not trained,
+    or not from all seeds, is not among them. Raises UserError where the whole method's results
+    are missing, or a score is no number.
     """
     folders, scores = [runs], {}
-    while os.path.isdir(f"{runs}-seed{len(folders)}"):
+    while os.path.isfile(results_path(f"{runs}-seed{len(folders)}", split, "")):
         folders.append(f"{runs}-seed{len(folders)}")
     for row, name in ABLATIONS.items():
-        for folder in folders:
-            path = f"{folder}/evaluate-{name}/results.json"
+        for seed, folder in enumerate(folders):
+            path = results_path(folder, split, name)
+            if name and not os.path.isfile(path):
+                continue
             with common.named_file(path, "first run bash bench/ablations.sh"):
                 with open(path, encoding="utf-8") as f:
                     results = json.load(f)
                 metric = "rouge_l" if results["bench"] == "sni" else "exact_match"
-                rows = [(r["row"], int(r["demos"]), float(r[metric])) for r in results["results"]]
-                of_split = str(results["split"])
-            check_finite([score for _, _, score in rows], path)
-            if of_split != split:
-                raise UserError(f"{path} is of {of_split[:40]} tasks, not {split}; run "
-                                f"SPLIT={split} bash bench/ablations.sh for all {len(folders)} "
-                                f"seeds, or move {folder} away")
-            for label, demos, score in rows:
-                by_demos = scores.setdefault(row if label == ROWS["tagi"] else label, {})
-                by_demos.setdefault(demos, []).append(score)
+                rows = [(r["row"], int(r["demos"]), r) for r in results["results"]]
+                check_finite([float(r[metric]) for _, _, r in rows], path)
+            for label, demos, r in rows:
+                if label == ROWS["tagi"] or not name:
+                    label = row if label == ROWS["tagi"] else label
+                    scores.setdefault(label, {}).setdefault(demos, {})[seed] = r
     return scores, metric
 
 
 def table(scores: dict, metric: str, split: str) -> str:
     """Means over seeds, and the differences from the whole method, as Markdown."""
-    whole = {demos: np.array(x) for demos, x in scores[WHOLE].items()}
-    lines = [f"{split} tasks, {TITLES[metric]}, {HEAD} over {len(whole[0])} "
-             "seeds; in brackets the difference from the whole method, paired by seed, ± its 95 % "
-             "interval", "", "| | " + " | ".join(SETTINGS[demos] for demos in whole) + " |",
-             "|---|" + "---|" * len(whole)]
+    whole = scores[WHOLE]
+    n = max(map(len, whole.values()))
+    lines = [f"{split} tasks, {TITLES[metric]}, {HEAD} over {n} seed{'s' * (n > 1)}; in brackets "
+             "the difference from the whole method and its 95 % interval, paired by seed, of a "
+             "single seed by task", "", "| | " + " | ".join(SETTINGS[demos] for demos in whole) +
+             " |", "|---|" + "---|" * len(whole)]
     for row, by_demos in scores.items():
-        cells = [row]
+        has = max(map(len, by_demos.values()))
+        cells = [row if has == n else f"{row}, {has} of {n} seeds"]
         for demos in whole:
-            x = np.array(by_demos[demos])
-            n = len(x)
-            spread = x.std(ddof=1) if n > 1 else float("nan")
-            cell = f"{x.mean():.1f} ± {spread:.1f}"
+            its = by_demos[demos]                       # {seed: its row}
+            cell = spread([r[metric] for r in its.values()])
             if row in ABLATIONS and row != WHOLE:
-                d, half = x - whole[demos], float("inf")
-                if n > 1:                               # Student's t over seeds
-                    half = STUDENT_T[min(n, 10) - 2] * d.std(ddof=1) / n ** 0.5
-                noise = ", noise" if abs(d.mean()) <= half else ""
-                cell += f" ({d.mean():+.1f} ± {half:.1f}{noise})"
+                cell += f" ({compared(its, whole[demos], metric)})"
             cells.append(cell)
         lines.append(line(cells))
     return "\n".join(lines)
+
+
+def spread(scores: list[float]) -> str:
+    mean = f"{np.mean(scores):.1f}"
+    return mean if len(scores) == 1 else f"{mean} ± {np.std(scores, ddof=1):.1f}"
+
+
+def compared(its: dict, whole: dict, metric: str) -> str:
+    """The difference of {seed: row} from the whole method's of the same seeds, and its interval."""
+    pairs = [(r, whole[seed]) for seed, r in its.items()]
+    if len(pairs) == 1:                                 # over tasks
+        mean, (low, high) = difference(*pairs[0], metric)
+        told = f"{mean:+.1f}, {low:+.1f} – {high:+.1f}"
+    else:                                               # over seeds, Student's t
+        d = np.array([r[metric] - other[metric] for r, other in pairs])
+        mean = d.mean()
+        half = STUDENT_T[min(len(d), 10) - 2] * d.std(ddof=1) / len(d) ** 0.5
+        low, high, told = mean - half, mean + half, f"{mean:+.1f} ± {half:.1f}"
+    return told + (", noise" if low <= 0 <= high else "")

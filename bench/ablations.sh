@@ -11,6 +11,7 @@ CONFIG=${CONFIG:-configs/sample.yaml}
 RUNS=${RUNS:-runs/sample}                       # of seed 0; seed 1's are in $RUNS-seed1, and so on
 BENCH=${BENCH:-sample}
 SPLIT=${SPLIT:-test}
+ONLY=${ONLY:-}                                  # "without-kl without-ins": these alone; default: all
 . tests/environment.sh
 
 run() {
@@ -22,34 +23,35 @@ run() {
 ablation() {
     local name=$1
     shift
-    run $train train_hyper.py --stage finetune --name "$name" $options "$@"
-    run python evaluate.py --bench "$BENCH" --rows tagi --checkpoint "$runs/$name" \
-        --out "$runs/evaluate-$name" --split "$SPLIT" $options
+    if [[ -n $ONLY && " $ONLY " != *" $name "* ]]; then return; fi
+    run $launch train_hyper.py --stage finetune --name "finetune-$name" $options "$@"
+    run $launch evaluate.py --bench "$BENCH" --rows tagi --checkpoint "$runs/finetune-$name" \
+        --out "$runs/evaluate-$SPLIT-$name" --split "$SPLIT" $options
 }
 
-train="python -m bench.launch --nproc-per-node $PROCESSES"
+launch="python -m bench.launch --nproc-per-node $PROCESSES"
 for ((seed = 0; seed < SEEDS; seed++)); do
     runs=$RUNS
     if ((seed > 0)); then runs=$RUNS-seed$seed; fi
     options="--config $CONFIG --runs $runs --seed $seed"
 
     # The whole method, with all other rows of the table.
-    run $train train_teacher.py $options
-    run $train train_hyper.py --stage pretrain $options
-    run $train train_hyper.py --stage finetune $options
-    run python evaluate.py --bench "$BENCH" --checkpoint "$runs/finetune" \
-        --out "$runs/evaluate-finetune" --split "$SPLIT" $options
+    run $launch train_teacher.py $options
+    run $launch train_hyper.py --stage pretrain $options
+    run $launch train_hyper.py --stage finetune $options
+    run $launch evaluate.py --bench "$BENCH" --checkpoint "$runs/finetune" \
+        --out "$runs/evaluate-$SPLIT" --split "$SPLIT" --no-cost $options
 
-    ablation finetune-without-pretraining --no-pretrained
-    ablation finetune-without-fusion --fusion none
-    ablation finetune-without-pred --lambda-ce 0
-    ablation finetune-without-kl --lambda-kl 0
-    ablation finetune-without-ins --lambda-ins 0
-    ablation finetune-without-hypernetwork --generator none
+    ablation without-pretraining --no-pretrained
+    ablation without-fusion --fusion none
+    ablation without-pred --lambda-ce 0
+    ablation without-kl --lambda-kl 0
+    ablation without-ins --lambda-ins 0
+    ablation without-hypernetwork --generator none
 
     # What L_ins compares. One of these is the whole method's own, and trained again as it was.
-    ablation finetune-with-product --alignment product
-    ablation finetune-with-factors --alignment factors
-    ablation finetune-with-svd --alignment svd
+    ablation with-product --alignment product
+    ablation with-factors --alignment factors
+    ablation with-svd --alignment svd
 done
 run python evaluate.py --ablations --config "$CONFIG" --runs "$RUNS" --split "$SPLIT"

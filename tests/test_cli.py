@@ -521,9 +521,10 @@ def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
         assert mine[0][1]["stage"] is None and mine[1][1]["stage"] == "pretrain"
         for (row, name), run, its in zip(ablations.ABLATIONS.items(), trained, scored, strict=True):
             changed = {key: run[key] for key in names if run[key] != default[key]}
-            assert changed == PARTS[row] and (run["name"] or "finetune") == name
-            assert its["checkpoint"] == f"{runs}/{name}"
-            assert its["out"] == f"{runs}/evaluate-{name}" and its["split"] == "validation"
+            name = name and f"-{name}"
+            assert changed == PARTS[row] and (run["name"] or "finetune") == f"finetune{name}"
+            assert its["checkpoint"] == f"{runs}/finetune{name}"
+            assert its["out"] == f"{runs}/evaluate-validation{name}" and its["split"] == "validation"
             assert its["rows"] == (None if row == "TAGI, whole method" else "tagi")
             assert run["config"] == its["config"] == str(finished.config)
             assert mine.index(("train_hyper.py", run)) + 1 == mine.index(("evaluate.py", its))
@@ -532,7 +533,13 @@ def test_ablations_train_and_score_every_row_once_a_seed(finished, tmp_path):
     for program, *words in script.commands():
         assert program == "python"
         launched = words[:4] == ["-m", "bench.launch", "--nproc-per-node", "3"]
-        assert launched == any(word.startswith("train_") for word in words)
+        assert launched == ("--ablations" not in words)
+
+
+def test_ablations_of_some_parts_alone(finished, tmp_path):
+    script = ablations_script(tmp_path, finished, SEEDS="1", ONLY="without-kl without-ins")
+    names = [options_of_command(words).get("name") for words in script.stages() if words[0] == "train_hyper.py"]
+    assert names == [None, None, "finetune-without-kl", "finetune-without-ins"]
 
 
 def test_ablations_retrain_finetuning_for_every_row_once(project, uncosted, tmp_path):
@@ -551,8 +558,8 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, uncosted, tmp_
     assert rows[:1] == [""] and set(ablations.ABLATIONS) <= set(rows)
     assert "meta-trained with one LoRA" in rows
     for name in list(ablations.ABLATIONS.values())[1:]:
-        assert project.record(name)["finished"]
-        assert (project.runs / f"evaluate-{name}" / "results.json").exists()
+        assert project.record(f"finetune-{name}")["finished"]
+        assert (project.runs / f"evaluate-test-{name}" / "results.json").exists()
     assert not any("lora-all" in word for words in called for word in words)    # the config's stage
 
     def kept():
@@ -568,7 +575,7 @@ def test_ablations_retrain_finetuning_for_every_row_once(project, uncosted, tmp_
 
 def test_ablations_do_not_take_another_splits_or_checkpoints_scores(
         project, uncosted, monkeypatch, tmp_path):
-    monkeypatch.setattr(ablations, "ABLATIONS", {"TAGI, whole method": "finetune"})
+    monkeypatch.setattr(ablations, "ABLATIONS", {"TAGI, whole method": ""})
 
     def evaluated(split):
         """As the script scores the whole method, and tells it."""
@@ -578,11 +585,10 @@ def test_ablations_do_not_take_another_splits_or_checkpoints_scores(
             call(evaluate, *its[1:])
 
     evaluated("test")
-    results = project.runs / "evaluate-finetune" / "results.json"
-    assert json.loads(results.read_text())["split"] == "test"
     line = project.refuses("evaluate", "--ablations", "--split=validation")
-    assert str(results) in line and "SPLIT=validation bash bench/ablations.sh" in line
+    assert "evaluate-validation/results.json" in line and "bash bench/ablations.sh" in line
     evaluated("validation")
+    results = project.runs / "evaluate-validation" / "results.json"
     assert json.loads(results.read_text())["split"] == "validation"
     before = (results.parent / "predictions.jsonl").read_text()
     project.run("finetune", "--fresh", "--seed=7")
@@ -592,22 +598,22 @@ def test_ablations_do_not_take_another_splits_or_checkpoints_scores(
 
 
 def test_ablations_print_the_table_of_the_results_that_are_there(project):
-    """Means over three seeds, of the rows that the whole method's evaluation has too."""
+    """Means over three seeds, of the rows that the whole method's evaluation has too; which seeds are missing."""
     def write(seed, name, **scores):
         runs = project.runs.parent / (project.runs.name + (f"-seed{seed}" if seed else ""))
-        path = runs / f"evaluate-{name}" / "results.json"
+        path = runs / f"evaluate-test{name and '-' + name}" / "results.json"
         path.parent.mkdir(parents=True)
-        rows = [{"row": report.ROWS[key], "demos": demos, "exact_match": score + demos}
+        rows = [{"row": report.ROWS[key], "demos": demos, "exact_match": score + demos,
+                 "by_task": {"exact_match": {"one": score, "other": score}}}
                 for key, score in scores.items() for demos in (0, 2)]
         path.write_text(json.dumps({"bench": "sample", "split": "test", "results": rows}))
-        return path
 
     for seed in range(3):
         for name in ablations.ABLATIONS.values():
-            if name == "finetune":
+            if not name:
                 write(seed, name, tagi=50.0 + seed, meta=70.0)
             else:
-                last = write(seed, name, tagi=40.0 + seed)
+                write(seed, name, tagi=40.0 + seed)
     table = project.run("evaluate", "--ablations")
     assert "test tasks" in table and "over 3 seeds" in table and "| Def | Def + 2 Pos |" in table
     assert "| TAGI, whole method | 51.0 ± 1.0 | 53.0 ± 1.0 |" in table
@@ -616,9 +622,17 @@ def test_ablations_print_the_table_of_the_results_that_are_there(project):
         assert f"| {row} | 41.0 ± 1.0 (-10.0 ± 0.0) | 43.0 ± 1.0 (-10.0 ± 0.0) |" in table
     written = project.runs.parent / (project.runs.name + "-ablations.md")
     assert table == f"{written.read_text()}\nsaved as {written}\n"
-    last.unlink()
+    for name in ("with-svd", "with-factors"):
+        for seed in (1, 2) if name == "with-svd" else range(3):
+            runs = project.runs.parent / (project.runs.name + (f"-seed{seed}" if seed else ""))
+            (runs / f"evaluate-test-{name}/results.json").unlink()
+    fewer = project.run("evaluate", "--ablations")
+    cell = "40.0 (-10.0, -10.0 – -10.0)"
+    assert f"| L_ins compares A and B by SVD, 1 of 3 seeds | {cell} |" in fewer
+    assert "| L_ins compares A and B |" not in fewer and "| L_ins compares B·A | 41.0 ± 1.0 (" in fewer
+    (project.runs / "evaluate-test/results.json").unlink()
     line = project.refuses("evaluate", "--ablations")
-    assert str(last) in line and "bash bench/ablations.sh" in line
+    assert "evaluate-test/results.json" in line and "bash bench/ablations.sh" in line
 
 
 # The quick start's own check: floors of exact match, at both settings.

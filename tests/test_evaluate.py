@@ -354,9 +354,10 @@ def test_a_table_of_ablations_does_not_replace_another_splits_nor_a_users_file(t
     runs = tmp_path / "runs"
     for split in ("test", "validation"):
         for name in ablations.ABLATIONS.values():
-            folder = runs / f"evaluate-{name}"
+            folder = runs / f"evaluate-{split}{name and '-' + name}"
             folder.mkdir(parents=True, exist_ok=True)
-            its = [{"row": report.ROWS["tagi"], "demos": n, "rouge_l": 50.0} for n in (0, 2)]
+            its = [{"row": report.ROWS["tagi"], "demos": n, "rouge_l": 50.0,
+                    "by_task": {"rouge_l": {"one": 50.0}}} for n in (0, 2)]
             (folder / "results.json").write_text(json.dumps({"bench": "sni", "split": split, "results": its}))
         said = call(evaluate, "--ablations", "--runs", str(runs), "--split", split)
         path = tmp_path / ("runs-ablations.md" if split == "test" else "runs-ablations-validation.md")

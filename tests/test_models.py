@@ -431,7 +431,7 @@ def test_a_difference_between_rows_is_paired_by_task_and_counts_instances():
 def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its_interval_holds_zero():
     """Differences -10, -11, -12 are far from 0 (95 % half width 4.30 / sqrt 3); -10, 10, -3 are not."""
     def rows(*scores):
-        return {demos: [x + demos for x in scores] for demos in (0, 2)}
+        return {demos: {seed: {"exact_match": x + demos} for seed, x in enumerate(scores)} for demos in (0, 2)}
 
     table = ablations.table({
         "TAGI, whole method": rows(80, 70, 90), "without pretraining": rows(70, 59, 78), "without L_kl": rows(70, 80, 87),
@@ -441,6 +441,19 @@ def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its
     assert "| without pretraining | 69.0 ± 9.5 (-11.0 ± 2.5) | 71.0 ± 9.5 (-11.0 ± 2.5) |" in lines
     assert "| without L_kl | 79.0 ± 8.5 (-1.0 ± 25.2, noise) | 81.0 ± 8.5 (-1.0 ± 25.2, noise) |" in lines
     assert "| copy the input | 2.0 ± 1.0 | 4.0 ± 1.0 |" in lines
+
+
+def test_the_ablation_table_of_one_seed_pairs_by_task():
+    def row(*scores):
+        its = {"rouge_l": float(np.mean(scores)), "by_task": {"rouge_l": dict(enumerate(scores))}}
+        return {0: {0: its}}
+
+    table = ablations.table({"TAGI, whole method": row(50, 60, 70, 20), "without L_kl": row(40, 45, 60, 5),
+                             "without L_ins": row(60, 50, 75, 15)}, "rouge_l", "test")
+    lines = table.splitlines()
+    assert "over 1 seed;" in lines[0] and "| TAGI, whole method | 50.0 |" in lines
+    assert "| without L_kl | 37.5 (-12.5, -15.0 – -10.0) |" in lines
+    assert "| without L_ins | 50.0 (+0.0, -7.5 – +7.5, noise) |" in lines
 
 
 def test_a_shuffled_instruction_is_of_another_category(tasks):

@@ -11,7 +11,6 @@ has it. The page's part on examples is written by hand and is kept.
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -27,13 +26,14 @@ from pages import (
 sys.path.insert(0, str(ROOT))
 import common
 import data
-from bench import report
+from bench import ablations, report
 from bench.teachers import load_teachers
 from hypernet import TAGI
 
 TITLE = "# Real tasks, from nothing"
 LAUNCH = "python -m bench.launch --nproc-per-node 2"
 WITHOUT = "finetune-without-fusion"
+PARTS = "without-pretraining without-pred without-kl without-ins without-hypernetwork"
 SPLITS = {"test_seen_categories": "unseen tasks of seen categories", "test": "the official test"}
 ROWS = ("tagi", "tagi_shuffled", "tagi_empty")     # of the TAGI without fusion
 PAIRS = [*report.DIFFERENCES, ("tagi_alone", "tagi_shuffled_alone"), ("tagi_alone", "meta_lora"),
@@ -64,10 +64,19 @@ def scoring(args, seed: int, split: str) -> list[str]:
     few = split == "validation"
     n = args.validation_instances if few else args.test_instances
     options = (f"--bench sni --config {args.config} --runs {runs} --seed {seed} --split {split} "
-               f"--eval-instances {n}" + (" --no-cost" if few else ""))
+               f"--eval-instances {n}" + (" --no-cost" if few or seed else ""))
     return [f"{LAUNCH} evaluate.py {options} --out {runs}/evaluate-{split}",
             f"{LAUNCH} evaluate.py {options} --checkpoint {runs}/{WITHOUT} --rows {','.join(ROWS)} "
             f"--out {runs}/evaluate-{split}-without-fusion"]
+
+
+def leaving_out(args) -> str:
+    """The command that trains Table 4's ablations, beside the one without fusion, and scores them.
+
+    It scores the config's number of instances.
+    """
+    return (f"CONFIG={args.config} RUNS={args.runs} SEEDS={args.ablations} BENCH=sni "
+            f'SPLIT=test_seen_categories ONLY="{PARTS}" bash bench/ablations.sh')
 
 
 def run(command: str, record: Path) -> None:
@@ -78,9 +87,9 @@ def run(command: str, record: Path) -> None:
         return
     print(f"\n$ {command}", flush=True)
     begun = time.time()
-    words = shlex.split(command)
-    code = subprocess.run([sys.executable, *words[1:]], cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    code = subprocess.run(command, shell=True, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}).returncode
     its["seconds"] += time.time() - begun
     its["finished"] = code == 0
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -283,6 +292,10 @@ def page(args, by_split: dict, examples: str) -> str:
         parts += ["How often the answer is the same whatever the input, definition alone, seed 0:",
                   sameness(args, 0, split),
                   "ROUGE-L by category, definition alone, seed 0:", categories_table(results, 0)]
+    if args.ablations:
+        told = ablations.table(*ablations.read(args.runs, "test_seen_categories"),
+                               "test_seen_categories")
+        parts += ["## What each part does (Table 4)", told]
     parts += ["## What was looked at", "Losses, seed 0, nats a token:", losses(args, 0),
               "Updates, seed 0:", diagnosis(args, 0)]
     parts += ["## Commands", commands_table(args)]
@@ -296,6 +309,7 @@ def main():
     add("--sni", default="natural-instructions", help="folder in Super-NaturalInstructions' layout")
     add("--data", default="data/sni-scratch", help="folder that bench.scratch makes of it")
     add("--seeds", type=int, default=2)
+    add("--ablations", type=int, default=1, help="seeds of which Table 4's are trained; 0: none")
     add("--config", default="configs/sni-scratch.yaml")
     add("--runs", default="runs/sni-scratch", help="folder of seed 0's runs")
     add("--validation-instances", type=int, default=10, help="of each validation task")
@@ -323,6 +337,8 @@ def main():
         for split in SPLITS:
             for command in scoring(args, seed, split):
                 run(command, record)
+    if args.ablations and not args.report:
+        run(leaving_out(args), ROOT / args.runs / "commands.json")
     by_split = {}
     for split in SPLITS:
         found = [results_of(args, seed, split) for seed in range(args.seeds)]

@@ -173,8 +173,11 @@ def load_rows(sources: list[tuple], parameters: dict, optimizer) -> None:
 
 
 def state_of(state: dict, row: int) -> dict:
-    """Of the optimizer's state of U teachers that of one, as if it were the only one (U = 1)."""
-    return map_state(lambda values: values[0][row:row + 1], [state])
+    """Of the optimizer's state of U teachers that of one, as if it were the only one (U = 1).
+
+    A copy: of a view PyTorch would save the tensor that it is a view of, so that of all U.
+    """
+    return map_state(lambda values: values[0][row:row + 1].clone(), [state])
 
 
 def joined(states: list[dict]) -> dict:

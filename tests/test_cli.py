@@ -122,6 +122,15 @@ def test_an_llm_of_a_stage_loads_with_transformers_auto_classes(finished, stage)
     assert llm.generate(ids, max_new_tokens=3).shape[0] == 1
 
 
+def test_a_teachers_optimizer_state_is_its_own_alone(finished):
+    """Of a view of a group's state the whole group's would be saved with each."""
+    paths = sorted((finished.runs / "lora").glob("*/optimizer.pt"))
+    assert len(paths) > 1
+    for path in paths:
+        weights = path.with_name("model.safetensors").stat().st_size
+        assert path.stat().st_size < 4 * weights + 100_000, path
+
+
 def test_train_teacher_without_stage_runs_the_stages_of_the_config_in_order(finished, tmp_path):
     project = finished.copy(tmp_path / "runs", ())
     out = project.run(None)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from pages import (
     ROOT, check_replaceable, command_line, paragraph, part, part_of, processor, table, write)
@@ -31,7 +33,6 @@ from bench.teachers import load_teachers
 from hypernet import TAGI
 
 TITLE = "# Real tasks, from nothing"
-LAUNCH = "python -m bench.launch --nproc-per-node 2"
 WITHOUT = "finetune-without-fusion"
 PARTS = "without-pretraining without-pred without-kl without-ins without-hypernetwork"
 SPLITS = {"test_seen_categories": "unseen tasks of seen categories", "test": "the official test"}
@@ -47,15 +48,20 @@ def runs_of(runs: str, seed: int) -> str:
     return runs if seed == 0 else f"{runs}-seed{seed}"
 
 
-def training(args, seed: int) -> list[str]:
-    """The commands that train one seed, in order."""
+def launch(args) -> str:
+    return f"python -m bench.launch --nproc-per-node {args.processes}"
+
+
+def training(args, seed: int) -> dict[str, str]:
+    """The commands that train one seed, in order: {the stage's folder: command}."""
     options = f"--config {args.config} --runs {runs_of(args.runs, seed)} --seed {seed}"
-    found = [f"{LAUNCH} train_teacher.py --stage {stage} {options}"
-             for stage in ("base", "meta", "lora", "lora-all")]
-    found += [f"{LAUNCH} train_hyper.py --stage {stage} {options}"
-              for stage in ("pretrain", "finetune")]
-    return [*found, f"{LAUNCH} train_hyper.py --stage finetune --fusion none --name {WITHOUT} "
-                    f"{options}"]
+    found = {stage: f"{launch(args)} train_teacher.py --stage {stage} {options}"
+             for stage in ("base", "meta", "lora", "lora-all")}
+    for stage in ("pretrain", "finetune"):
+        found[stage] = f"{launch(args)} train_hyper.py --stage {stage} {options}"
+    found[WITHOUT] = (f"{launch(args)} train_hyper.py --stage finetune --fusion none "
+                      f"--name {WITHOUT} {options}")
+    return found
 
 
 def scoring(args, seed: int, split: str) -> list[str]:
@@ -65,8 +71,8 @@ def scoring(args, seed: int, split: str) -> list[str]:
     n = args.validation_instances if few else args.test_instances
     options = (f"--bench sni --config {args.config} --runs {runs} --seed {seed} --split {split} "
                f"--eval-instances {n}" + (" --no-cost" if few or seed else ""))
-    return [f"{LAUNCH} evaluate.py {options} --out {runs}/evaluate-{split}",
-            f"{LAUNCH} evaluate.py {options} --checkpoint {runs}/{WITHOUT} --rows {','.join(ROWS)} "
+    return [f"{launch(args)} evaluate.py {options} --out {runs}/evaluate-{split}",
+            f"{launch(args)} evaluate.py {options} --checkpoint {runs}/{WITHOUT} --rows {','.join(ROWS)} "
             f"--out {runs}/evaluate-{split}-without-fusion"]
 
 
@@ -76,15 +82,27 @@ def leaving_out(args) -> str:
     It scores the config's number of instances.
     """
     return (f"CONFIG={args.config} RUNS={args.runs} SEEDS={args.ablations} BENCH=sni "
-            f'SPLIT=test_seen_categories ONLY="{PARTS}" bash bench/ablations.sh')
+            f'PROCESSES={args.processes} SPLIT=test_seen_categories ONLY="{PARTS}" bash bench/ablations.sh')
 
 
-def run(command: str, record: Path) -> None:
-    """Run it, unless the record says that it is finished; the record keeps its seconds."""
+def halve(folder: Path) -> None:
+    """Round a finished stage's weights to bfloat16 in their files, before another stage reads them.
+
+    It makes them small enough to carry to another machine; they cannot be trained on then.
+    """
+    for path in folder.rglob("model.safetensors"):
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata()
+        weights = {name: x.bfloat16() for name, x in load_file(path).items()}
+        common.save_tensors(str(path), weights, metadata)
+
+
+def run(command: str, record: Path) -> bool:
+    """Run it, unless the record says that it is finished, then False; it keeps the seconds."""
     done = json.loads(record.read_text()) if record.is_file() else {}
     its = done.setdefault(command, {"seconds": 0.0, "finished": False})
     if its["finished"]:
-        return
+        return False
     print(f"\n$ {command}", flush=True)
     begun = time.time()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -96,6 +114,7 @@ def run(command: str, record: Path) -> None:
     record.write_text(json.dumps(done, indent=1))
     if code:
         sys.exit(code)
+    return True
 
 
 # ------------------------------------------------------------------------------------ the numbers
@@ -311,6 +330,8 @@ def main():
     add("--seeds", type=int, default=2)
     add("--ablations", type=int, default=1, help="seeds of which Table 4's are trained; 0: none")
     add("--config", default="configs/sni-scratch.yaml")
+    add("--processes", type=int, default=2, help="that work together: one a GPU")
+    add("--halve", action="store_true", help="keep finished weights in bfloat16, to carry them")
     add("--runs", default="runs/sni-scratch", help="folder of seed 0's runs")
     add("--validation-instances", type=int, default=10, help="of each validation task")
     add("--test-instances", type=int, default=25, help="of each test task")
@@ -325,8 +346,9 @@ def main():
                         args.data], cwd=ROOT, check=True)
     for seed in range(0 if args.report else args.seeds):
         record = ROOT / runs_of(args.runs, seed) / "commands.json"
-        for command in training(args, seed):
-            run(command, record)
+        for stage, command in training(args, seed).items():
+            if run(command, record) and args.halve:
+                halve(record.parent / stage)
         if args.stop_before != "validation":
             for command in scoring(args, seed, "validation"):
                 run(command, record)

@@ -99,23 +99,29 @@ def documents(root: str, tasks: list[data.Task]) -> list[str]:
         for definition in task.definitions:
             texts.append(definition)
             for example in record.get("Positive Examples") or []:
-                parts = [definition, *(str(example.get(key, "")) for key in (
-                    "input", "output", "explanation"))]
-                texts.append(" ".join(parts))
+                parts = [example.get(key) for key in ("input", "output", "explanation")]
+                texts.append(" ".join([definition, *(str(part) for part in parts if part)]))
         texts += [x.input for x in task.instances]
     lines = [" ".join(text.split()) for text in texts]
     return [line for line in lines if line]
 
 
 def train_tokenizer(texts: list[str], pieces: int):
-    """A T5 tokenizer of at most so many pieces, the 100 sentinels among them."""
+    """A T5 tokenizer of at most so many pieces, the 100 sentinels among them.
+
+    Raises UserError where the texts have more characters than that.
+    """
     import sentencepiece
     from transformers import T5Tokenizer
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
-        vocab_size=pieces - EXTRA_IDS, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="unigram",
+            vocab_size=pieces - EXTRA_IDS, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
+            bos_id=-1, minloglevel=2)
+    except RuntimeError as error:
+        raise common.UserError(f"no vocabulary of {pieces} pieces can be made of these texts "
+                               f"({error}); name a larger --vocabulary") from None
     model = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
     vocab += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(EXTRA_IDS))]
@@ -127,6 +133,9 @@ def train_tokenizer(texts: list[str], pieces: int):
 def write_scratch(root: str, out: str, seed: int, vocabulary: int) -> None:
     """Write the folder `out` (module docstring). Raises UserError for what is wrong with `root`."""
     folder = replaceable(out)
+    if os.path.realpath(root) == os.path.realpath(out):
+        raise common.UserError(f"--data and --out both name {out}; --data is the folder of all of "
+                               "Super-NaturalInstructions")
     tasks = data.load_sni(root, "train", None)
     pairs = twins(tasks)
     has_twin = {name for pair in pairs for name in pair}

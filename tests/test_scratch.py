@@ -106,6 +106,29 @@ def test_too_few_tasks_and_no_data_end_in_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_vocabulary_that_is_too_small_and_the_folder_itself_as_data_end_in_one_line(written, tmp_path, capsys):
+    every_sign = "".join(chr(n) for n in range(0x4E00, 0x4E00 + 900))
+    with pytest.raises(common.UserError, match="name a larger --vocabulary"):
+        scratch.train_tokenizer([every_sign] * 3, 500)
+    before = sorted((written / "out").rglob("*"))
+    with pytest.raises(SystemExit) as end:
+        scratch.main(["--data", str(written / "out"), "--out", str(written / "out")])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and "--data and --out both name" in line
+    assert sorted((written / "out").rglob("*")) == before
+
+
+def test_an_example_without_an_explanation_has_none_in_the_text(tmp_path):
+    write_tasks(tmp_path)
+    path = tmp_path / "tasks/task100_c1_t0.json"
+    record = json.loads(path.read_text())
+    record["Positive Examples"][0]["explanation"] = None
+    path.write_text(json.dumps(record))
+    tasks = [task for task in data.load_sni(str(tmp_path), "train", None) if task.name == path.stem]
+    texts = scratch.documents(str(tmp_path), tasks)
+    assert len(texts) == 6 and not any("None" in text for text in texts)
+
+
 @pytest.mark.skipif("TAGI_DATA" not in os.environ, reason="TAGI_DATA names no folder with real tasks")
 def test_real_tasks_are_split_without_a_task_in_two_splits(tmp_path):
     real_sni = Path(os.environ["TAGI_DATA"]) / "sni"

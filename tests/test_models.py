@@ -443,10 +443,12 @@ def test_the_ablation_table_pairs_by_seed_and_calls_a_difference_noise_where_its
     assert "| copy the input | 2.0 ± 1.0 | 4.0 ± 1.0 |" in lines
 
 
-def test_the_ablation_table_of_one_seed_pairs_by_task():
+def test_the_ablation_table_of_one_or_two_seeds_pairs_by_task():
+    def of_seed(*scores):
+        return {"rouge_l": float(np.mean(scores)), "by_task": {"rouge_l": dict(enumerate(scores))}}
+
     def row(*scores):
-        its = {"rouge_l": float(np.mean(scores)), "by_task": {"rouge_l": dict(enumerate(scores))}}
-        return {0: {0: its}}
+        return {0: {0: of_seed(*scores)}}
 
     table = ablations.table({"TAGI, whole method": row(50, 60, 70, 20), "without L_kl": row(40, 45, 60, 5),
                              "without L_ins": row(60, 50, 75, 15)}, "rouge_l", "test")
@@ -454,6 +456,13 @@ def test_the_ablation_table_of_one_seed_pairs_by_task():
     assert "over 1 seed;" in lines[0] and "| TAGI, whole method | 50.0 |" in lines
     assert "| without L_kl | 37.5 (-12.5, -15.0 – -10.0) |" in lines
     assert "| without L_ins | 50.0 (+0.0, -7.5 – +7.5, noise) |" in lines
+    whole = {0: {0: of_seed(50, 60), 1: of_seed(30, 40)}}
+    table = ablations.table({"TAGI, whole method": whole, "without L_kl": {0: {0: of_seed(40, 50), 1: of_seed(40, 40)}},
+                             "without L_ins": {0: {1: of_seed(20, 20)}}}, "rouge_l", "test")
+    lines = table.splitlines()
+    assert "| TAGI, whole method | 45.0 ± 14.1 |" in lines
+    assert "| without L_kl | 42.5 ± 3.5 (-2.5, -5.0 – +0.0, noise) |" in lines      # of the tasks 0 and -5
+    assert "| without L_ins, 1 of 2 seeds | 20.0 (-15.0, -20.0 – -10.0) |" in lines
 
 
 def test_a_shuffled_instruction_is_of_another_category(tasks):

@@ -9,8 +9,10 @@ off goes on. Seed 0's runs are in --runs, seed 1's in that name with -seed1, as 
 has it. The page's part on examples is written by hand and is kept.
 """
 import argparse
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,7 +30,9 @@ from pages import (
 sys.path.insert(0, str(ROOT))
 import common
 import data
-from bench import ablations, report
+import evaluate
+import t5
+from bench import ablations, cost, report
 from bench.teachers import load_teachers
 from hypernet import TAGI
 
@@ -37,8 +41,13 @@ WITHOUT = "finetune-without-fusion"
 PARTS = "without-pretraining without-pred without-kl without-ins without-hypernetwork"
 SPLITS = {"test_seen_categories": "unseen tasks of seen categories", "test": "the official test"}
 ROWS = ("tagi", "tagi_shuffled", "tagi_empty")     # of the TAGI without fusion
-PAIRS = [*report.DIFFERENCES, ("tagi_alone", "tagi_shuffled_alone"), ("tagi_alone", "meta_lora"),
+PAIRS = [*report.DIFFERENCES, ("tagi", "no_instruction"), ("meta_lora", "meta"),
+         ("tagi_alone", "tagi_shuffled_alone"), ("tagi_alone", "meta_lora"),
          ("tagi_alone", "meta")]                    # rows, the second taken from the first
+SHIFTS = 5                                          # other inputs' answers for each input
+COST = paragraph(f"FLOPs and time are those of a task of {evaluate.COST_INSTANCES} inputs, its",
+                 "adapter's making included, over those of the T5 that reads the instruction with",
+                 f"every input; means of {cost.COST_TASKS} tasks.")
 METRICS = {"rouge_l": "ROUGE-L", "exact_match": "exact match"}
 
 
@@ -97,24 +106,28 @@ def halve(folder: Path) -> None:
         common.save_tensors(str(path), weights, metadata)
 
 
-def run(command: str, record: Path) -> bool:
-    """Run it, unless the record says that it is finished, then False; it keeps the seconds."""
+def run(command: str, record: Path, halved: Path | None = None) -> None:
+    """Run it, unless the record says that it is finished; the record keeps its seconds.
+
+    halved: a folder whose weights are halved then.
+    """
     done = json.loads(record.read_text()) if record.is_file() else {}
     its = done.setdefault(command, {"seconds": 0.0, "finished": False})
     if its["finished"]:
-        return False
+        return
     print(f"\n$ {command}", flush=True)
     begun = time.time()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     code = subprocess.run(command, shell=True, cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path}).returncode
+    if code == 0 and halved is not None:
+        halve(halved)
     its["seconds"] += time.time() - begun
     its["finished"] = code == 0
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(done, indent=1))
     if code:
         sys.exit(code)
-    return True
 
 
 # ------------------------------------------------------------------------------------ the numbers
@@ -225,30 +238,77 @@ def diagnosis(args, seed: int) -> str:
     return table(rows)
 
 
-def reachable(tasks) -> float:
-    """% of instances of which a reference occurs in the task's definition, letters' case aside."""
+def shares(args, split: str) -> str:
+    """Sentences: what of a split's instances is cut, can be read off, or stands in training."""
+    folder = ROOT / args.runs / "finetune"
+    options = common.load_options(str(folder))
+    tokenizer = t5.load_tokenizer(str(ROOT / args.runs / "meta"))
+    tasks = data.load_sni(args.data, split, args.test_instances)
+    known = {x.input for task in data.load_sni(args.data, "train", None) for x in task.instances}
+
+    def size(text):
+        return len(tokenizer(text)["input_ids"])
+
+    def fit(task, *its_input):
+        """How many of two demonstrations are left of an instruction, or of it before an input."""
+        text = data.prompt_text if its_input else data.instruction_text
+        limit = options.max_input if its_input else options.max_instruction
+        demos = task.demonstrations[:2]
+        while demos and size(text(task.definitions[0], demos, *its_input)) > limit:
+            demos = demos[:-1]
+        return len(demos)
+
     found = []
     for task in tasks:
-        definition = task.definitions[0].lower()
+        definition = task.definitions[0]
+        of_task = fit(task)
         for x in task.instances:
-            found.append(any(output.strip().lower() in definition for output in x.outputs))
-    return 100 * float(np.mean(found))
+            words = [re.escape(output.strip()) for output in x.outputs]
+            shortest = min(size(output) for output in x.outputs)
+            found.append((
+                any(re.search(rf"(?<!\w){word}(?!\w)", definition, re.I) for word in words),
+                size(data.prompt_text(definition, (), x.input)) > options.max_input,
+                size(data.instance_text(x.input)) > options.max_input,
+                shortest > options.max_output, x.input in known,
+                fit(task, x.input) == 2, fit(task, x.input) == 0, of_task == 2, of_task == 0))
+    in_definition, prompt, alone, long, seen, *demos = 100 * np.mean(found, 0)
+    return paragraph(
+        f"Of the instances {in_definition:.0f} % have a reference that stands in the definition,",
+        f"and {seen:.0f} % an input that a training task has too. {prompt:.0f} % of the prompts of",
+        f"definition and input are cut at {options.max_input} tokens, and {alone:.0f} % of TAGI's",
+        f"inputs; {long:.0f} % of the instances have references of more than {options.max_output}",
+        "tokens only, which no model can write here and copying can. Of two demonstrations both",
+        "remain in {:.0f} % and none in {:.0f} % of the prompts; in {:.0f} % and {:.0f} % of".format(
+            *demos), "what the hypernetwork reads.")
 
 
-def sameness(args, seed: int, split: str) -> str:
-    """A table: in how many tasks a row gives nearly all instances one answer, definition alone."""
+def permuted(args, seed: int, split: str) -> str:
+    """A table: what a row's answers score for other inputs of their task, definition alone."""
     path = ROOT / runs_of(args.runs, seed) / f"evaluate-{split}/predictions.jsonl"
-    answers = {}                                        # (row, task) -> its answers
+    answers = {}                                        # (row, task) -> its predictions
     for line in path.read_text().splitlines():
         r = json.loads(line)
         if r["demos"] == 0:
-            answers.setdefault((r["row"], r["task"]), []).append(r["prediction"])
-    rows = []
-    for key in ("tagi", "tagi_shuffled", "meta", "meta_lora"):
-        its = [texts for (row, _), texts in answers.items() if row == report.ROWS[key]]
-        same = [Counter(texts).most_common(1)[0][1] >= 0.9 * len(texts) for texts in its]
-        rows.append({"case": report.ROWS[key], "tasks": str(len(its)),
-                     "tasks with one answer for 90 % of their inputs": str(sum(same))})
+            answers.setdefault((r["row"], r["task"]), []).append(r)
+    rows, score = [], functools.cache(report.rouge_l)
+    for key in ("tagi", "tagi_shuffled", "meta", "meta_lora", "teachers"):
+        own, others, owner, same = [], [], [], 0
+        groups = [its for (row, _), its in answers.items() if row == report.ROWS[key]]
+        for n, its in enumerate(groups):
+            texts = [r["prediction"] for r in its]
+            same += Counter(texts).most_common(1)[0][1] >= 0.9 * len(texts)
+            for i, r in enumerate(its):
+                shifted = [texts[(i + by) % len(texts)] for by in range(SHIFTS + 1)]
+                scores = [100 * score(text, tuple(r["references"])) for text in shifted]
+                own.append(scores[0])
+                others.append(np.mean(scores[1:]))
+                owner.append(n)
+        less = np.array(own) - np.array(others)
+        low, high = report.bootstrap_interval(less, np.array(owner))
+        rows.append({"case": report.ROWS[key], "own answers": f"{np.mean(own):.1f}",
+                     "of other inputs": f"{np.mean(others):.1f}",
+                     "difference": f"{less.mean():+.1f} ({low:+.1f} – {high:+.1f})",
+                     "tasks with one answer for 90 % of the inputs": f"{same} of {len(groups)}"})
     return table(rows)
 
 
@@ -263,7 +323,7 @@ def losses(args, seed: int) -> str:
         for title, share in (("first tenth", 0), ("seventh tenth", 0.6), ("last tenth", 0.9)):
             start = int(share * len(steps))
             its = steps[start:start + max(1, len(steps) // 10)]
-            row[title] = f"{np.mean([x['loss'] for x in its]):.2f}"
+            row[title] = f"{np.mean([x.get('ce', x['loss']) for x in its]):.2f}"
         for key, title in (("validation", "validation"), ("validation_shuffled", "shuffled")):
             its = [x[key] for x in logged if key in x]
             row[title] = f"{its[-1]:.2f}" if its else ""
@@ -274,18 +334,24 @@ def losses(args, seed: int) -> str:
 # ------------------------------------------------------------------------------------------ page
 
 def commands_table(args) -> str:
-    """Every command, with the seconds that it took for each seed."""
-    rows = []
+    """Every command of seed 0, and the minutes that it took for each seed, tries cut off included."""
+    def plain(command):
+        return re.sub(r" --(runs|seed|eval-instances|out|checkpoint) \S+| --no-cost", "", command)
+
+    shown, minutes = [], []                             # of each seed {command: its minutes}
     for seed in range(args.seeds):
-        record = ROOT / runs_of(args.runs, seed) / "commands.json"
-        done = json.loads(record.read_text()) if record.is_file() else {}
-        finished = [(command, its) for command, its in done.items() if its["finished"]]
-        for number, (command, its) in enumerate(finished):
-            if seed == 0:
-                rows.append({"command": f"`{command}`", "minutes": ""})
-            if number < len(rows):
-                minutes = f"{its['seconds'] / 60:.1f}"
-                rows[number]["minutes"] += (" / " if seed else "") + minutes
+        record = json.loads((ROOT / runs_of(args.runs, seed) / "commands.json").read_text())
+        minutes.append(Counter())
+        for command, its in record.items():
+            minutes[-1][plain(command)] += its["seconds"] / 60
+        shown += [command for command, its in record.items() if its["finished"] and not seed]
+    rows = [{"command": f"`{command}`", "minutes": " / ".join(
+        f"{of_seed[plain(command)]:.1f}" for of_seed in minutes if plain(command) in of_seed)}
+        for command in shown]
+    for told, word in (("training", " train_"), ("scoring", " evaluate.py")):
+        sums = [sum(its for command, its in of_seed.items() if word in command)
+                for of_seed in minutes]
+        rows.append({"command": told, "minutes": " / ".join(f"{x:.1f}" for x in sums)})
     return table(rows)
 
 
@@ -300,22 +366,26 @@ def page(args, by_split: dict, examples: str) -> str:
     parts = [TITLE, head]
     for split, of_seeds in by_split.items():
         results = of_seeds[0]
-        parts.append(f"## {SPLITS[split].capitalize()}: {report.coverage(results)}")
+        parts.append(f"## {SPLITS[split].capitalize()}: {results['tasks']} tasks")
         for demos, setting in report.SETTINGS.items():
             parts += [f"**{setting}**", scores_table(of_seeds, demos),
                       "Differences, paired by task, with 95 % intervals over tasks:",
                       differences_table(of_seeds, demos)]
-        tasks = data.load_sni(args.data, split, args.test_instances)
-        parts.append(f"{reachable(tasks):.0f} % of the instances have a reference that occurs in "
-                     "the definition.")
-        parts += ["How often the answer is the same whatever the input, definition alone, seed 0:",
-                  sameness(args, 0, split),
+        parts.append(COST)
+        parts += [shares(args, split), "What answers score for other inputs of the same task, "
+                  "ROUGE-L, definition alone, seed 0:", permuted(args, 0, split),
                   "ROUGE-L by category, definition alone, seed 0:", categories_table(results, 0)]
     if args.ablations:
-        told = ablations.table(*ablations.read(args.runs, "test_seen_categories"),
-                               "test_seen_categories")
-        parts += ["## What each part does (Table 4)", told]
-    parts += ["## What was looked at", "Losses, seed 0, nats a token:", losses(args, 0),
+        scores, metric = ablations.read(args.runs, "test_seen_categories")
+        parts += ["## What each part does (Table 4)",
+                  ablations.table(scores, metric, "test_seen_categories")]
+        if args.seeds > 1:                              # how much training alone moves a score
+            told = []
+            for demos, its in scores[ablations.WHOLE].items():
+                mean, (low, high) = report.difference(its[1], its[0], metric)
+                told.append(f"{mean:+.1f} ({low:+.1f} – {high:+.1f}) at {report.SETTINGS[demos]}")
+            parts.append(f"The whole method's seed 1 less its seed 0: {', '.join(told)}.")
+    parts += ["## What was looked at", "L_pred, seed 0, nats a token:", losses(args, 0),
               "Updates, seed 0:", diagnosis(args, 0)]
     parts += ["## Commands", commands_table(args)]
     return "\n\n".join(parts) + "\n\n" + part("by hand", examples)
@@ -347,8 +417,7 @@ def main():
     for seed in range(0 if args.report else args.seeds):
         record = ROOT / runs_of(args.runs, seed) / "commands.json"
         for stage, command in training(args, seed).items():
-            if run(command, record) and args.halve:
-                halve(record.parent / stage)
+            run(command, record, record.parent / stage if args.halve else None)
         if args.stop_before != "validation":
             for command in scoring(args, seed, "validation"):
                 run(command, record)

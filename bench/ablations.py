@@ -47,8 +47,8 @@ def results_path(folder: str, split: str, name: str) -> str:
 def read(runs: str, split: str) -> tuple[dict, str]:
     """({row: {demos: {seed: its row of results.json}}}, what scores), of bench/ablations.sh.
 
-    runs: the folder of seed 0; that of seed 1 is {runs}-seed1, and so on. What was not trained,
-    or not from all seeds, is not among them. Raises UserError where the whole method's results
+    runs: the folder of seed 0; that of seed 1 is {runs}-seed1, and so on. Rows, or seeds of a row,
+    that were not trained are not among them. Raises UserError where the whole method's results
     are missing, or a score is no number.
     """
     folders, scores = [runs], {}
@@ -66,9 +66,11 @@ def read(runs: str, split: str) -> tuple[dict, str]:
                 rows = [(r["row"], int(r["demos"]), r) for r in results["results"]]
                 check_finite([float(r[metric]) for _, _, r in rows], path)
             for label, demos, r in rows:
-                if label == ROWS["tagi"] or not name:
-                    label = row if label == ROWS["tagi"] else label
-                    scores.setdefault(label, {}).setdefault(demos, {})[seed] = r
+                if label == ROWS["tagi"]:
+                    label = row
+                elif name:                              # an ablation's own controls
+                    continue
+                scores.setdefault(label, {}).setdefault(demos, {})[seed] = r
     return scores, metric
 
 
@@ -114,6 +116,7 @@ def compared(its: dict, whole: dict, metric: str) -> str:
 
 def mean_row(its: dict, metric: str) -> dict:
     """Of {seed: row} a row with each task's mean score."""
-    first, *others = [r["by_task"][metric] for r in its.values()]
-    mean = {task: np.mean([score, *(x[task] for x in others)]) for task, score in first.items()}
-    return next(iter(its.values())) | {"by_task": {metric: mean}}
+    rows = list(its.values())
+    scores = [r["by_task"][metric] for r in rows]
+    mean = {task: np.mean([x[task] for x in scores]) for task in scores[0]}
+    return rows[0] | {"by_task": {metric: mean}}

@@ -39,7 +39,8 @@ from hypernet import TAGI
 
 TITLE = "# Real tasks, from nothing"
 WITHOUT = "finetune-without-fusion"
-PARTS = "without-pretraining without-pred without-kl without-ins without-hypernetwork"
+PARTS = [name for name in ablations.ABLATIONS.values()  # that are trained beside WITHOUT
+         if name.startswith("without-") and name != "without-fusion"]
 SPLITS = {"test_seen_categories": "unseen tasks of seen categories", "test": "the official test"}
 ROWS = ("tagi", "tagi_shuffled", "tagi_empty")     # of the TAGI without fusion
 PAIRS = [*report.DIFFERENCES, ("tagi", "no_instruction"), ("meta_lora", "meta"),
@@ -83,8 +84,8 @@ def scoring(args, seed: int, split: str) -> list[str]:
     options = (f"--bench sni --config {args.config} --runs {runs} --seed {seed} --split {split} "
                f"--eval-instances {n}" + (" --no-cost" if few or seed else ""))
     return [f"{launch(args)} evaluate.py {options} --out {runs}/evaluate-{split}",
-            f"{launch(args)} evaluate.py {options} --checkpoint {runs}/{WITHOUT} --rows {','.join(ROWS)} "
-            f"--out {runs}/evaluate-{split}-without-fusion"]
+            f"{launch(args)} evaluate.py {options} --checkpoint {runs}/{WITHOUT} "
+            f"--rows {','.join(ROWS)} --out {runs}/evaluate-{split}-without-fusion"]
 
 
 def leaving_out(args) -> str:
@@ -93,7 +94,8 @@ def leaving_out(args) -> str:
     It scores the config's number of instances.
     """
     return (f"CONFIG={args.config} RUNS={args.runs} SEEDS={args.ablations} BENCH=sni "
-            f'PROCESSES={args.processes} SPLIT=test_seen_categories ONLY="{PARTS}" bash bench/ablations.sh')
+            f"PROCESSES={args.processes} SPLIT=test_seen_categories "
+            f'ONLY="{" ".join(PARTS)}" bash bench/ablations.sh')
 
 
 def halve(folder: Path) -> None:
@@ -108,12 +110,17 @@ def halve(folder: Path) -> None:
         common.save_tensors(str(path), weights, metadata)
 
 
+def commands_of(record: Path) -> dict:
+    """{command: its seconds, and whether it finished} of commands.json; {}: it is not there."""
+    return json.loads(record.read_text()) if record.is_file() else {}
+
+
 def run(command: str, record: Path, halved: Path | None = None) -> None:
     """Run it, unless the record says that it is finished; the record keeps its seconds.
 
     halved: a folder whose weights are halved then.
     """
-    done = json.loads(record.read_text()) if record.is_file() else {}
+    done = commands_of(record)
     its = done.setdefault(command, {"seconds": 0.0, "finished": False})
     if its["finished"]:
         return
@@ -137,11 +144,11 @@ def run(command: str, record: Path, halved: Path | None = None) -> None:
 def results_of(args, seed: int, split: str) -> dict | None:
     """results.json of the whole method, with the rows of TAGI without fusion; None: not there."""
     folder = ROOT / runs_of(args.runs, seed)
-    path = folder / f"evaluate-{split}/results.json"
+    path = Path(ablations.results_path(str(folder), split, ""))
     if not path.is_file():
         return None
     results = json.loads(path.read_text())
-    path = folder / f"evaluate-{split}-without-fusion/results.json"
+    path = Path(ablations.results_path(str(folder), split, "without-fusion"))
     for r in json.loads(path.read_text())["results"] if path.is_file() else []:
         r |= {"key": f"{r['key']}_alone", "row": r["row"].replace("TAGI", "TAGI without fusion")}
         results["results"].append(r)
@@ -267,12 +274,13 @@ def shares(args, split: str) -> str:
         for x in task.instances:
             words = [re.escape(output.strip()) for output in x.outputs]
             shortest = min(size(output) for output in x.outputs)
+            left = fit(task, x.input)
             found.append((
                 any(re.search(rf"(?<!\w){word}(?!\w)", definition, re.I) for word in words),
                 size(data.prompt_text(definition, (), x.input)) > options.max_input,
                 size(data.instance_text(x.input)) > options.max_input,
                 shortest > options.max_output, x.input in known,
-                fit(task, x.input) == 2, fit(task, x.input) == 0, of_task == 2, of_task == 0))
+                left == 2, left == 0, of_task == 2, of_task == 0))
     in_definition, prompt, alone, long, seen, *demos = 100 * np.mean(found, 0)
     return paragraph(
         f"Of the instances {in_definition:.0f} % have a reference that stands in the definition,",
@@ -352,13 +360,13 @@ def losses(args, seed: int) -> str:
 # ------------------------------------------------------------------------------------------ page
 
 def commands_table(args) -> str:
-    """Every command of seed 0, and the minutes that it took for each seed, tries cut off included."""
+    """Every command of seed 0, and the minutes that it took for each seed, with tries cut off."""
     def plain(command):
         return re.sub(r" --(runs|seed|eval-instances|out|checkpoint) \S+| --no-cost", "", command)
 
     shown, minutes = [], []                             # of each seed {command: its minutes}
     for seed in range(args.seeds):
-        record = json.loads((ROOT / runs_of(args.runs, seed) / "commands.json").read_text())
+        record = commands_of(ROOT / runs_of(args.runs, seed) / "commands.json")
         minutes.append(Counter())
         for command, its in record.items():
             minutes[-1][plain(command)] += its["seconds"] / 60
@@ -391,8 +399,9 @@ def page(args, by_split: dict, examples: str) -> str:
                       differences_table(of_seeds, demos)]
         parts.append(COST)
         parts += ["Tasks in which TAGI is far from the T5 that reads the instruction, ROUGE-L:",
-                  gaps(of_seeds), shares(args, split), "What answers score for other inputs of the same task, "
-                  "ROUGE-L, definition alone, seed 0:", permuted(args, 0, split),
+                  gaps(of_seeds), shares(args, split),
+                  "What answers score for other inputs of the same task, ROUGE-L, definition alone, "
+                  "seed 0:", permuted(args, 0, split),
                   "ROUGE-L by category, definition alone, seed 0:", categories_table(results, 0)]
     if args.ablations:
         scores, metric = ablations.read(args.runs, "test_seen_categories")
